@@ -1,0 +1,328 @@
+"""RunConfig and its sections: what a recipe (YAML) and the command line may say, typed and documented.
+
+Precedence: command line, then recipe, then the defaults here. ZeRO, precision, clipping, buckets and the
+optimizer's type belong to the DeepSpeed JSON instead (see ds_config.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from homodistil.errors import ConfigError, nearest
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are checked when assigned."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+
+
+class RunSection(Section):
+    """Which run this is, how long, and where it leaves its files."""
+
+    name: str = "run"
+    """Folder below `directory`; give each run its own."""
+    directory: Path = Path("runs")
+    """Where runs are kept."""
+    updates: int = Field(default=1000, ge=1)
+    """Optimizer updates in total."""
+    seed: int = 0
+    """Decides data order, masks and every initial weight."""
+    log_every: int = Field(default=10, ge=1)
+    """Updates between two points in TensorBoard."""
+
+    @property
+    def path(self) -> Path:
+        return self.directory / self.name
+
+
+class TeacherConfig(Section):
+    """The frozen model whose knowledge the student matches."""
+
+    path: str | None = None
+    """A Hugging Face directory, or `none` for plain masked-language-model training."""
+    sharding: Literal["auto", "zero3", "replicated"] = "auto"
+    """`zero3` shards it over the ranks, `replicated` (fast for small teachers) keeps a whole copy in each;
+    `auto` is zero3 when there is more than one rank."""
+    recipe: str | None = None
+    """Recipe that trains this teacher first, when `path` does not exist yet."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_is_no_teacher(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            data = {"path": data}
+        if isinstance(data, dict) and str(data.get("path", "")).lower() in {"none", ""}:
+            data = {**data, "path": None}
+        return data
+
+
+class StudentConfig(Section):
+    """The model that is trained."""
+
+    init: Literal["teacher", "random"] = "teacher"
+    """`teacher`: start as the teacher and shrink on the ladder. `random`: new weights, at the target shape
+    from the first update (with `teacher: none`, at the shape in `config`)."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Fields of a Hugging Face BertConfig, for a model made from nothing (`teacher: none`)."""
+
+
+class DataConfig(Section):
+    """The stream: shards made by data_prep/build_shards.py, batched and masked."""
+
+    shards: Path = Path("data/quickstart")
+    """Folder with index.json and the shards."""
+    source: str | None = None
+    """Build missing shards from this source first: `embedded` (the documentation of this Python
+    installation), or a text file or folder."""
+    global_batch: int = Field(default=64, ge=1)
+    """Sequences an update, over all ranks."""
+    micro_batch: int = Field(default=32, ge=1)
+    """Sequences a forward pass, on one rank; the rest is accumulated."""
+    lanes: int = Field(default=64, ge=1)
+    """Fixed lanes the shards are dealt to: divides the global batch, and is divided by the world size."""
+    mask_probability: float = Field(default=0.15, gt=0, lt=1)
+    """Share of a sequence's positions that are scored."""
+    whole_word: bool = False
+    """Mask whole words instead of single pieces."""
+    prefetch: int = Field(default=4, ge=1)
+    """Updates that the background worker prepares ahead of the step."""
+
+
+class OptimizerConfig(Section):
+    """Values of the optimizer; its type is the DeepSpeed JSON's."""
+
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """Peak learning rate."""
+    warmup: float = Field(default=0.02, ge=0, le=1)
+    """Share of the updates over which the rate rises linearly; ends at or before `pruning.start`."""
+    schedule: Literal["linear", "constant"] = "linear"
+    """After warm-up: fall linearly to zero, or stay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's moment decays."""
+    eps: float = Field(default=1e-6, gt=0)
+    """Adam's epsilon."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay, on matrices only (no biases, no LayerNorm)."""
+
+
+class Term(Section):
+    """One weighted term of the objective."""
+
+    weight: float = Field(default=1.0, ge=0)
+    """Factor of this term in the sum; 0 leaves it out."""
+
+
+class MlmTerm(Term):
+    """Cross-entropy with the true tokens at the masked positions."""
+
+
+class KlTerm(Term):
+    """KL(teacher || student) at a temperature, times its square."""
+
+    temperature: float = Field(default=2.0, gt=0)
+    """Softens both distributions."""
+
+
+class HiddenTerm(Term):
+    """Mean squared difference of hidden states, embeddings included."""
+
+    aligner: Literal["projection", "indexed"] = "projection"
+    """`projection`: a learned linear map per layer. `indexed`: the teacher's own kept dimensions."""
+    projection_init: Literal["identity", "random"] = "identity"
+    """`identity` on the student's own dimensions makes the term 0 at the start."""
+
+
+class AttentionTerm(Term):
+    """Mean squared difference of attention, head by head."""
+
+    form: Literal["scores", "scores_centred", "probabilities"] = "scores"
+    """Pre-softmax scores; scores less the mean valid key's; or post-softmax probabilities."""
+
+
+class ObjectiveConfig(Section):
+    """L = mlm + a1 kl + a2 hidden + a3 attention; measure a1..a3 with `homodistil measure-weights`."""
+
+    mlm: MlmTerm = MlmTerm()
+    kl: KlTerm = KlTerm()
+    hidden: HiddenTerm = HiddenTerm()
+    attention: AttentionTerm = AttentionTerm()
+
+
+class TargetShape(Section):
+    """Widths of the finished student; what is left out stays as the teacher's."""
+
+    hidden: int | None = Field(default=None, ge=1)
+    """Residual width; a stock model needs heads x head_width."""
+    ffn: int | None = Field(default=None, ge=1)
+    """Intermediate width of the feed-forward layers."""
+    heads: int | None = Field(default=None, ge=1)
+    """Attention heads per layer."""
+    head_width: int | None = Field(default=None, ge=1)
+    """Dimensions of a head; by default hidden / heads."""
+
+
+class PruningConfig(Section):
+    """The ladder from the teacher's shape to the target, and how neurons are scored."""
+
+    target: TargetShape = TargetShape()
+    events: int = Field(default=16, ge=1)
+    """Rungs of the ladder: physical prunes, equally spaced in remaining fraction."""
+    schedule: Literal["cubic", "linear", "one_shot"] = "cubic"
+    """How the remaining fraction falls between start and end; `one_shot` prunes everything at start."""
+    start: float = Field(default=0.02, ge=0, lt=1)
+    """Share of the updates before the descent begins (t_i)."""
+    end: float = Field(default=0.7, gt=0, le=1)
+    """Share of the updates at which the target is reached (t_f)."""
+    metric: Literal["sensitivity", "magnitude", "platon", "random"] = "sensitivity"
+    """|w g|; |w|; PLATON's smoothed mean times uncertainty of |w g|; or a seeded draw, as a control."""
+    smoothing_window: int = Field(default=10, ge=1)
+    """Updates averaged into one window before the moving average."""
+    smoothing_beta: float = Field(default=0.85, ge=0, lt=1)
+    """Decay of the moving average over windows."""
+    across: Literal["per_matrix", "none", "per_parameter"] = "per_matrix"
+    """How the tensors of a group are weighed: each matrix's scores to sum 1, raw sums, or per parameter."""
+    ffn_multiple: int = Field(default=8, ge=1)
+    """Intermediate widths on the way are multiples of this; the target is always met exactly."""
+    head_width_multiple: int = Field(default=1, ge=1)
+    """Head widths on the way are multiples of this."""
+    hidden_multiple: int = Field(default=8, ge=1)
+    """Hidden widths on the way, where the head count changes too; otherwise hidden = heads x head width."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> PruningConfig:
+        if self.end < self.start:
+            raise ValueError(f"end ({self.end}) must not be before start ({self.start})")
+        return self
+
+
+class ValidationConfig(Section):
+    """Held-out shard, always the same text and masks."""
+
+    every: int = Field(default=200, ge=1)
+    """Updates between validations; there is always one at the end."""
+    sequences: int = Field(default=256, ge=1)
+    """Held-out sequences used (all there are, if fewer)."""
+
+
+class PerformanceConfig(Section):
+    """Fast forms, each beside a plain twin that is tested against it."""
+
+    fused_adamw: bool = True
+    """torch's fused AdamW instead of the loop."""
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    """Attention kernel."""
+    activation_checkpointing: bool = False
+    """Recompute the student's layers in backward: less memory, about a third more arithmetic."""
+    compile: bool = False
+    """torch.compile the student's and teacher's encoder (ZeRO 1 or 2, replicated teacher)."""
+    gram_attention: Literal["auto", "on", "off"] = "auto"
+    """Attention loss from Gram matrices, without any T x T map; `auto` where it needs fewer FLOPs."""
+
+
+class RunConfig(Section):
+    """Everything about a run that the DeepSpeed JSON does not own."""
+
+    recipe: str = "quickstart"
+    run: RunSection = RunSection()
+    teacher: TeacherConfig = TeacherConfig()
+    student: StudentConfig = StudentConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    pruning: PruningConfig = PruningConfig()
+    validation: ValidationConfig = ValidationConfig()
+    performance: PerformanceConfig = PerformanceConfig()
+
+    @model_validator(mode="after")
+    def _warm_up_ends_before_pruning(self) -> RunConfig:
+        if self.teacher.path and self.student.init == "teacher" and self.optimizer.warmup > self.pruning.start:
+            raise ValueError(
+                f"optimizer.warmup ({self.optimizer.warmup}) ends after pruning.start ({self.pruning.start}): "
+                "scores taken while the rate still rises would decide the first prune. Lower warmup or raise start."
+            )
+        return self
+
+    @classmethod
+    def load(cls, recipe: str, overrides: dict[str, Any] | None = None) -> RunConfig:
+        """The recipe's values with `overrides` (nested dict) on top. Raises `ConfigError`."""
+        path = recipe_path(recipe)
+        values = _merge(_read(path), overrides or {})
+        values["recipe"] = path.stem
+        values.setdefault("run", {}).setdefault("name", path.stem)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(explain(error, f"recipe {path}", cls)) from None
+
+    def save(self, path: Path) -> None:
+        """Write the resolved configuration as YAML; `load` of that file repeats the run."""
+        values = self.model_dump(mode="json", exclude={"recipe"})
+        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def recipe_path(recipe: str) -> Path:
+    """A recipe's file, from a name or a path. Raises `ConfigError`."""
+    shipped, given = RECIPES / f"{recipe}.yaml", Path(recipe)
+    if shipped.is_file():
+        return shipped
+    if given.suffix in {".yaml", ".yml"} and given.is_file():
+        return given
+    raise ConfigError(
+        f"--recipe {recipe}: neither a file nor a recipe of this package.{nearest(recipe, recipe_names())} "
+        f"Give a .yaml path, or one of: {', '.join(recipe_names())}."
+    )
+
+
+def explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
+    """One line per fault: file, key, value found, what was expected, and the nearest right key."""
+    return "\n".join(_explain_one(fault, where, model) for fault in error.errors())
+
+
+def _explain_one(fault: Any, where: str, model: type[BaseModel]) -> str:
+    keys = [str(part) for part in fault["loc"]]
+    name = ".".join(keys)
+    if fault["type"] == "extra_forbidden":
+        known = _fields_at(model, keys[:-1])
+        return f"{where}: unknown key '{name}'.{nearest(keys[-1], known)} Known here: {', '.join(known)}."
+    message = fault["msg"].removeprefix("Value error, ")
+    found = "" if isinstance(fault.get("input"), dict | BaseModel) else f" (found {fault.get('input')!r})"
+    return f"{where}: {name or 'values'}: {message}{found}. See `homodistil pretrain --help`."
+
+
+def _fields_at(model: type[BaseModel], keys: list[str]) -> list[str]:
+    for key in keys:
+        annotation = model.model_fields[key].annotation if key in model.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {path}: expected sections of keys, found {type(values).__name__}.")
+    return values
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged

@@ -1,0 +1,45 @@
+"""ModelFamily: all that the rest of the house may ask of an architecture. HF module names live only here."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from homodistil.data.batch import Batch
+from homodistil.knowledge.signals import Signals
+from homodistil.models.groups import PrunableGroup
+from homodistil.models.shape import StudentShape, Widths
+
+
+class ModelFamily(Protocol):
+    """One object per architecture, without state. Parameter names are the Hugging Face model's own."""
+
+    def widths(self, config: PretrainedConfig) -> Widths:
+        """The shape that a config describes. Raises `ShapeError` for what cannot be distilled."""
+        ...
+
+    def layers(self, config: PretrainedConfig) -> int: ...
+
+    def groups(self, shape: StudentShape) -> list[PrunableGroup]:
+        """Every prunable group of a model of this shape; sizes are the shape's, not the teacher's."""
+        ...
+
+    def configure(self, model: PreTrainedModel, shape: StudentShape) -> None:
+        """After the tensors were narrowed: set the module attributes that follow from the shape (head counts,
+        widths, the attention scale of the original model), never touching a parameter."""
+        ...
+
+    def stock_config(self, config: PretrainedConfig, widths: Widths) -> PretrainedConfig:
+        """A copy of the teacher's config for a plain model of these widths. Raises `ShapeError`, naming the
+        nearest widths that a stock config can express."""
+        ...
+
+    def fold_attention_scale(self, shape: StudentShape) -> dict[str, float]:
+        """Parameter -> factor that makes a stock model, which scales by its own head width, compute the
+        same scores: sqrt(d_new / d_original) on each query weight and bias."""
+        ...
+
+    def signals(self, model: PreTrainedModel, batch: Batch) -> Signals:
+        """One forward pass; vocabulary logits only at the scored positions."""
+        ...

@@ -1,0 +1,113 @@
+"""StudentShape: which of the teacher's units a student still has. Its widths follow from that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+HIDDEN = "hidden"
+
+
+def ffn(layer: int) -> str:
+    """Group of a layer's intermediate neurons."""
+    return f"layers.{layer}.ffn"
+
+
+def heads(layer: int) -> str:
+    """Group of a layer's attention heads."""
+    return f"layers.{layer}.heads"
+
+
+def qk(layer: int, teacher_head: int) -> str:
+    """Group of one kept head's query/key dimensions; heads are named by their number in the teacher."""
+    return f"layers.{layer}.heads.{teacher_head}.qk"
+
+
+def vo(layer: int, teacher_head: int) -> str:
+    """Group of one kept head's value dimensions."""
+    return f"layers.{layer}.heads.{teacher_head}.vo"
+
+
+@dataclass(frozen=True)
+class Widths:
+    """The four numbers that a shape amounts to, equal in every layer."""
+
+    hidden: int
+    ffn: int
+    heads: int
+    head_width: int
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether a stock config expresses it: hidden = heads x head width."""
+        return self.hidden == self.heads * self.head_width
+
+    def __str__(self) -> str:
+        return f"{self.hidden} hidden, {self.heads} x {self.head_width} heads, {self.ffn} FFN"
+
+
+@dataclass(frozen=True)
+class StudentShape:
+    """Per group, the teacher's unit behind each of the student's, in order. Serialisable; immutable."""
+
+    layers: int
+    teacher: Widths
+    kept: Mapping[str, tuple[int, ...]] = field(hash=False)
+
+    @classmethod
+    def full(cls, layers: int, teacher: Widths) -> StudentShape:
+        """The teacher's own shape: every unit kept."""
+        kept = {HIDDEN: tuple(range(teacher.hidden))}
+        for layer in range(layers):
+            kept[ffn(layer)] = tuple(range(teacher.ffn))
+            kept[heads(layer)] = tuple(range(teacher.heads))
+            for head in range(teacher.heads):
+                kept[qk(layer, head)] = kept[vo(layer, head)] = tuple(range(teacher.head_width))
+        return cls(layers, teacher, kept)
+
+    def first(self, widths: Widths) -> StudentShape:
+        """The first units of each group: the bookkeeping of a student that does not come from its teacher."""
+        counts = {"hidden": widths.hidden, "ffn": widths.ffn, "heads": widths.heads}
+        kept = {}
+        for name, units in self.kept.items():
+            kept[name] = units[: counts.get(name.rsplit(".", 1)[-1], widths.head_width)]
+        return self._with(kept)
+
+    def narrowed(self, kept: Mapping[str, tuple[int, ...]]) -> StudentShape:
+        """This shape less what a plan leaves out; `kept` indexes this shape's units, group by group."""
+        chosen = {name: tuple(units[i] for i in kept[name]) for name, units in self.kept.items() if name in kept}
+        return self._with(chosen)
+
+    def _with(self, kept: Mapping[str, tuple[int, ...]]) -> StudentShape:
+        alive = {head for layer in range(self.layers) for h in kept[heads(layer)] for head in (qk(layer, h), vo(layer, h))}
+        return StudentShape(
+            self.layers, self.teacher, {n: u for n, u in kept.items() if not n.endswith(("qk", "vo")) or n in alive}
+        )
+
+    @property
+    def widths(self) -> Widths:
+        first_head = self.kept[heads(0)][0]
+        return Widths(
+            hidden=len(self.kept[HIDDEN]),
+            ffn=len(self.kept[ffn(0)]),
+            heads=len(self.kept[heads(0)]),
+            head_width=len(self.kept[qk(0, first_head)]),
+        )
+
+    @property
+    def is_full(self) -> bool:
+        return self.widths == self.teacher
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; `from_dict` reads it back."""
+        return {
+            "layers": self.layers,
+            "teacher": vars(self.teacher),
+            "kept": {name: list(units) for name, units in self.kept.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StudentShape:
+        kept = {name: tuple(units) for name, units in values["kept"].items()}
+        return cls(values["layers"], Widths(**values["teacher"]), kept)

@@ -1,0 +1,122 @@
+"""Who am I among the ranks, and the few collectives the library uses. Process groups start and end here."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from homodistil.errors import DivergenceError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `world_size`; every method but `device` is collective: every rank must call it."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def default_sharding(self) -> str:
+        return "zero3" if self.world_size > 1 else "replicated"
+
+    @classmethod
+    def current(cls) -> Ranks:
+        """The ranks of the process group that is already running."""
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        return cls(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place, of a tensor on `device`. Collective."""
+        dist.all_reduce(values)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's picklable value, on every rank. Collective."""
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's picklable value, in rank order. Collective."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Collective."""
+        self.sum(torch.zeros(1, device=self.device))
+
+    def assert_same(self, what: str, value: object) -> None:
+        """Raise `DivergenceError`, naming the ranks, unless all ranks hold an equal value. Collective."""
+        digests = self.gather(hashlib.sha256(pickle.dumps(value)).hexdigest())
+        different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if different:
+            raise DivergenceError(
+                f"{what}: rank(s) {different} hold another value than rank 0. "
+                "The run cannot go on; restart it from the last checkpoint."
+            )
+
+    def once(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 only; every rank gets its result, or raises its error. Collective."""
+        outcome: tuple[str, Any] | None = None
+        if self.is_first:
+            try:
+                outcome = ("result", work())
+            except Exception as error:  # re-raised below, on every rank
+                outcome = ("error", error)
+        kind, value = self.broadcast(outcome)
+        if kind == "error":
+            raise value
+        return value
+
+
+def local_world_size() -> int:
+    """Ranks on this host, from whichever launcher started them; 1 without a launcher."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 1
+
+
+def share_cores() -> None:
+    """Divide this host's cores between its ranks, unless the user set OMP_NUM_THREADS."""
+    if "OMP_NUM_THREADS" not in os.environ or os.environ["OMP_NUM_THREADS"] == "":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
+
+
+def rendezvous() -> None:
+    """Fill in what a launcher did not say: Slurm's variables, or a world of one."""
+    slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    if "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
+        for name, source in slurm.items():
+            os.environ.setdefault(name, os.environ[source])
+    if "RANK" not in os.environ and not any(name.startswith(("OMPI_COMM", "PMI_")) for name in os.environ):
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(free_port())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+TIMEOUT = timedelta(minutes=60)  # rank 0 may build shards meanwhile
