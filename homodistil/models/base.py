@@ -6,8 +6,8 @@ from typing import Protocol
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from homodistil.data.batch import Batch
-from homodistil.knowledge.signals import Signals
+from homodistil.batch import Batch
+from homodistil.signals import Signals
 from homodistil.models.groups import PrunableGroup
 from homodistil.models.shape import StudentShape, Widths
 
