@@ -1,0 +1,248 @@
+"""A rank's fragments of weights, gradients and moments in a live ZeRO engine: DeepSpeed's private parts, all here.
+
+Two layouts stand behind one small surface: `_FlatPartition` (stages 1 and 2: one flat tensor per parameter group,
+cut into equal parts) and `_ParameterPartition` (stage 3: every parameter cut into equal parts). Written against
+deepspeed 0.19.8; tests/distributed/test_zero_contract.py holds it to that.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad, safe_get_local_optimizer_state
+from torch import Tensor, nn
+
+from homodistil.state import EXP_AVG, EXP_AVG_SQ, MASTER, Fragment, Layout, Piece, Range, StudentState
+
+Buffers = dict[str, dict[str, Tensor]]
+"""Parameter name -> buffer name -> (n,) fp32: what readers keep beside each owned weight."""
+
+
+class ZeroStudent:
+    """The fragments that this rank owns of an engine's trainable parameters.
+
+    Made from a fresh engine, whose optimizer state DeepSpeed would create only at the first step: it is seeded
+    here, so that moments can always be read and written.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self._engine = engine
+        self._partition = _partition_of(engine)
+        self._seed_moments()
+        self._parameters = {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
+        self._owned = {n: r for n, p in self._parameters.items() if (r := self._partition.owned(p)).numel}
+        self.buffers: Buffers = {}
+
+    @property
+    def layout(self) -> Layout:
+        """What this rank owns of each parameter."""
+        return self._owned
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Whole shapes of all trainable parameters, in the model's order."""
+        return {name: self._partition.shape(p) for name, p in self._parameters.items()}
+
+    def fragments(self, gradients: bool = True) -> Iterator[Fragment]:
+        """Views of this rank's masters, with the averaged unclipped gradient: valid between the last backward of
+        an update and its step (without `gradients`: at any time)."""
+        for name, owned in self._owned.items():
+            parameter = self._parameters[name]
+            weight = self._partition.view(parameter, MASTER)
+            gradient = self._partition.gradient(parameter) if gradients else None
+            shape = self._partition.shape(parameter)
+            yield Fragment(name, shape, owned.start, weight, gradient, self.buffers.setdefault(name, {}))
+
+    def export(self) -> StudentState:
+        """Copies of all that this rank owns: masters, moments, buffers."""
+        pieces = {}
+        for name, owned in self._owned.items():
+            parameter = self._parameters[name]
+            values = {kind: self._partition.view(parameter, kind).clone() for kind in (MASTER, EXP_AVG, EXP_AVG_SQ)}
+            values |= self.buffers.get(name, {})
+            pieces[name] = Piece(self._partition.shape(parameter), owned.start, values)
+        return StudentState(pieces, self.shapes, self.step)
+
+    def load(self, state: StudentState) -> None:
+        """Take over a state, from whichever ranks own it now. Only into a fresh engine. Collective."""
+        device = torch.device(self._engine.device)
+        for name, piece in state.moved(self._owned, device):
+            values = dict(piece.values)
+            for kind in (MASTER, EXP_AVG, EXP_AVG_SQ):
+                self._partition.view(self._parameters[name], kind).copy_(values.pop(kind))
+            if values:
+                self.buffers[name] = values
+        self._partition.publish(list(self._parameters.values()))
+        self.step = state.step
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return int(next(iter(self._states()))["step"])
+
+    @step.setter
+    def step(self, value: int) -> None:
+        for state in self._states():
+            state["step"].fill_(value)
+
+    def _states(self) -> list[dict[str, Tensor]]:
+        optimizer = self._engine.optimizer.optimizer
+        return [optimizer.state[flat] for flat in self._partition.flats()]
+
+    def _seed_moments(self) -> None:
+        optimizer = self._engine.optimizer.optimizer
+        for flat in self._partition.flats():
+            optimizer.state[flat] = {
+                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
+                EXP_AVG: torch.zeros_like(flat),
+                EXP_AVG_SQ: torch.zeros_like(flat),
+            }
+        self._partition.link()
+
+
+class _Partition(Protocol):
+    """How one family of ZeRO stages cuts parameters into owned ranges."""
+
+    def flats(self) -> list[Tensor]:
+        """The fp32 tensors that the wrapped torch optimizer steps."""
+        ...
+
+    def link(self) -> None:
+        """Called once the optimizer's state exists."""
+        ...
+
+    def shape(self, parameter: nn.Parameter) -> torch.Size: ...
+
+    def owned(self, parameter: nn.Parameter) -> Range: ...
+
+    def view(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        """(n,) fp32 view of the owned range of the master or a moment."""
+        ...
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        """(n,) fp32 averaged gradient of the owned range."""
+        ...
+
+    def publish(self, parameters: list[nn.Parameter]) -> None:
+        """Make the working weights follow the masters. Collective."""
+        ...
+
+
+class _FlatPartition:
+    """Stages 1 and 2."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    def flats(self) -> list[Tensor]:
+        return list(self._optimizer.single_partition_of_fp32_groups)
+
+    def link(self) -> None:
+        self._optimizer._lazy_init_hp_params_optimizer_state()
+
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        return parameter.shape
+
+    def owned(self, parameter: nn.Parameter) -> Range:
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return Range(0, 0)
+        return Range(mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
+
+    def view(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        return mapping.hp_fragment if kind == MASTER else mapping.get_optim_state_fragment(kind)
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        index = parameter._index_in_param_group  # type: ignore[attr-defined]
+        return parameter._hp_mapping.get_lp_grad_fragment(index).flatten().float()  # type: ignore[attr-defined]
+
+    def publish(self, parameters: list[nn.Parameter]) -> None:
+        self._optimizer.update_lp_params()
+
+
+class _ParameterPartition:
+    """Stage 3. Each rank's part is padded to the same length; views leave the padding out."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    def flats(self) -> list[Tensor]:
+        return list(self._optimizer.fp32_partitioned_groups_flat)
+
+    def link(self) -> None:
+        pass
+
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        return parameter.ds_shape  # type: ignore[attr-defined]
+
+    def owned(self, parameter: nn.Parameter) -> Range:
+        length = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        start = length * self._optimizer._get_param_partition_rank(parameter)
+        return Range(start, max(0, min(length, parameter.ds_numel - start)))  # type: ignore[attr-defined]
+
+    def view(self, parameter: nn.Parameter, kind: str) -> Tensor:
+        if kind == MASTER:
+            part = safe_get_local_fp32_param(parameter)
+        else:
+            part = safe_get_local_optimizer_state(parameter, kind)
+        return part[: self.owned(parameter).numel]
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor:
+        return safe_get_local_grad(parameter).flatten()[: self.owned(parameter).numel].float()
+
+    def publish(self, parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            owned = self.owned(parameter).numel
+            working: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+            working.data[:owned].copy_(self.view(parameter, MASTER))
+
+
+def _partition_of(engine: DeepSpeedEngine) -> _Partition:
+    if engine.zero_optimization_stage() == 3:
+        return _ParameterPartition(engine.optimizer)
+    return _FlatPartition(engine.optimizer)
+
+
+def release(engine: DeepSpeedEngine) -> None:
+    """Destroy an engine and cut the references by which DeepSpeed would keep it alive.
+
+    Its forward hooks stay on the module, ZeRO-3 keeps the root module on a global stack, and a cache on a method
+    of the parameter coordinator holds every coordinator that ever ran (deepspeed issue 7204).
+    """
+    engine.destroy()
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module is not engine.module]
+    _coordinator_cache().cache_clear()
+
+
+def collect() -> None:
+    """Free what was released: engines are full of reference cycles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    else:
+        _trim_heap()
+
+
+def _coordinator_cache() -> Any:
+    wrapper = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    return inspect.getclosurevars(wrapper).nonlocals["func"]
+
+
+def _trim_heap() -> None:
+    """Give freed memory back to the system; glibc keeps it otherwise, and every rebuild would look like a leak."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
