@@ -7,6 +7,7 @@ deepspeed 0.19.8; tests/distributed/test_zero_contract.py holds it to that.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import inspect
 from collections.abc import Iterator
@@ -241,8 +242,6 @@ def _coordinator_cache() -> Any:
 
 def _trim_heap() -> None:
     """Give freed memory back to the system; glibc keeps it otherwise, and every rebuild would look like a leak."""
-    import ctypes
-
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

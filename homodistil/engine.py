@@ -1,0 +1,195 @@
+"""StudentEngine and TeacherEngine: DeepSpeed engines side by side in every rank, and the only way to reach them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from homodistil.batch import Batch
+from homodistil.knowledge.teacher import FrozenModel, Teacher
+from homodistil.models.base import ModelFamily
+from homodistil.models.groups import PrunableGroup, kept_positions
+from homodistil.models.shape import StudentShape
+from homodistil.objective.measures import Measures
+from homodistil.pruning.coordinator import PrunePlan
+from homodistil.pruning.surgery import sliced
+from homodistil.ranks import Ranks, rendezvous, share_cores
+from homodistil.signals import Knowledge, Signals
+from homodistil.state import Fragment, StudentState
+from homodistil.student import Blueprint, Student, as_tuple
+from homodistil.zero import ZeroStudent, collect, release
+
+PATIENCE = timedelta(minutes=60)  # rank 0 may be building shards meanwhile
+
+
+def start_ranks() -> Ranks:
+    """Join the process group, starting it if no one has; alone without a launcher. Collective."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    deepspeed_logger.setLevel("WARNING")
+    # Its build takes a compiler and a lock that a killed process leaves behind; it serves only inference.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    rendezvous()
+    share_cores()
+    if not torch.distributed.is_initialized():
+        deepspeed.init_distributed(verbose=False, timeout=PATIENCE)
+    return Ranks.current()
+
+
+def stop_ranks() -> None:
+    """Leave the process group; a ZeRO-3 process that does not can abort at exit. Collective."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+class StudentEngine:
+    """A student of one shape in a ZeRO engine. A prune ends it and returns the next one."""
+
+    def __init__(self, student: Student, blueprint: Blueprint, settings: dict[str, Any], ranks: Ranks) -> None:
+        """Collective. `settings`: the DeepSpeed JSON, every "auto" filled."""
+        self.shape, self.groups = student.shape, student.groups
+        self.parameters = sum(p.numel() for p in student.model.parameters())
+        self._blueprint, self._settings, self._ranks = blueprint, settings, ranks
+        self._engine, *_ = deepspeed.initialize(
+            model=student, model_parameters=parameter_groups(student), config=settings, dist_init_required=False
+        )
+        self._zero = ZeroStudent(self._engine)
+        if blueprint.run.performance.compile:
+            student.model.base_model.compile()
+
+    @classmethod
+    def build(
+        cls,
+        blueprint: Blueprint,
+        settings: dict[str, Any],
+        ranks: Ranks,
+        *,
+        model: PreTrainedModel | None = None,
+        shape: StudentShape,
+        state: StudentState | None = None,
+    ) -> StudentEngine:
+        """An engine over `model`'s weights, or over a `state` for the given shape. Collective."""
+        student = Student(model, blueprint, shape) if model else Student.unfilled(blueprint, shape)
+        engine = cls(student, blueprint, settings, ranks)
+        if state is not None:
+            engine._zero.load(state)
+        return engine
+
+    def accumulate(self, batch: Batch, teacher: Teacher | None) -> dict[str, Tensor]:
+        """Forward and backward over this rank's share of an update, in micro-batches; no step yet. Collective.
+
+        Returns this rank's share of each loss term, detached: summed over ranks they are the update's losses.
+        """
+        counts = self._ranks.sum(batch.counts().vector.to(self._ranks.device))
+        sums: dict[str, Tensor] = {}
+        micro_batches = list(batch.micro_batches(self._settings["train_micro_batch_size_per_gpu"]))
+        for index, micro_batch in enumerate(micro_batches, start=1):
+            rows = micro_batch.to(self._ranks.device)
+            knowledge = teacher.knowledge(rows) if teacher else None
+            total, parts = self._engine(as_tuple(rows), as_tuple(knowledge), counts)
+            # The losses are shares of the global sum already, but ZeRO averages over ranks: undo that.
+            self._engine.backward(total * self._ranks.world_size, scale_wrt_gas=False)
+            if index < len(micro_batches):
+                self._engine.step()  # counts the micro-batch; the update is `update`'s
+            for name, part in parts.items():
+                sums[name] = sums[name] + part.detach() if name in sums else part.detach()
+        return sums
+
+    def update(self, learning_rate: float) -> None:
+        """Clip and step at this rate. Collective."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+
+    @torch.no_grad()
+    def measure(self, batch: Batch, teacher: Teacher | None) -> Tensor:
+        """Sums over this rank's rows, for `Measures`. Collective with ZeRO-3."""
+        self._engine.eval()
+        rows = batch.to(self._ranks.device)
+        sums = self._engine(as_tuple(rows), as_tuple(teacher.knowledge(rows) if teacher else None), None)
+        self._engine.train()
+        return sums
+
+    def validate(self, batches: list[Batch], teacher: Teacher | None) -> Measures:
+        """Measures over all ranks' batches; every rank brings equally many. Collective."""
+        sums = torch.stack([self.measure(batch, teacher) for batch in batches]).sum(dim=0)
+        return Measures.of(self._ranks.sum(sums))
+
+    def fragments(self, gradients: bool = True) -> Iterator[Fragment]:
+        """This rank's shards: masters and, between `accumulate` and `update`, averaged unclipped gradients."""
+        return self._zero.fragments(gradients)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return self._zero.step
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """Global norm before clipping, of the last update."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def export(self) -> StudentState:
+        """This rank's share of the whole training state, copied."""
+        return self._zero.export()
+
+    def shrunk(self, plan: PrunePlan) -> StudentEngine:
+        """The next engine: weights, masters, moments, buffers, aligners and step narrowed by one plan. This one is
+        closed. Collective."""
+        positions = kept_positions(self.groups, plan.kept)
+        state = sliced(self.export(), positions)
+        shape = self.shape.narrowed(plan.kept)
+        blueprint, settings, ranks = self._blueprint, self._settings, self._ranks
+        self.close()
+        return StudentEngine.build(blueprint, settings, ranks, shape=shape, state=state)
+
+    def close(self) -> None:
+        """Free the engine and all that it holds. Collective."""
+        release(self._engine)
+        del self._engine, self._zero
+        collect()
+
+
+class TeacherEngine:
+    """A frozen model behind `knowledge`: sharded by ZeRO-3 without an optimizer, or a whole copy in each rank."""
+
+    def __init__(
+        self, model: PreTrainedModel, family: ModelFamily, ranks: Ranks, settings: dict[str, Any] | None
+    ) -> None:
+        """Collective. `settings`: DeepSpeed JSON of a ZeRO-3 engine, or None for a replica."""
+        self.config: PretrainedConfig = model.config
+        self.parameters = sum(p.numel() for p in model.parameters())
+        module = FrozenModel(model, family)
+        self._engine, self._module = None, module.to(ranks.device)
+        if settings is not None:
+            self._engine, *_ = deepspeed.initialize(model=module, config=settings, dist_init_required=False)
+            self._module = self._engine
+
+    def knowledge(self, batch: Batch) -> Knowledge:
+        """Collective if sharded."""
+        with torch.no_grad():
+            return Signals(*self._module(*as_tuple(batch)))  # type: ignore[misc]
+
+    def close(self) -> None:
+        """Collective."""
+        if self._engine is not None:
+            release(self._engine)
+        del self._engine, self._module
+        collect()
+
+
+def parameter_groups(student: Student) -> list[dict[str, Any]]:
+    """Matrices decay; biases and LayerNorm gains, the vectors, do not."""
+    trained = [p for p in student.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim == 1]
+    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+
