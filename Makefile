@@ -1,0 +1,39 @@
+# make run        the main job: train a small teacher, then shrink a student out of it, on this machine
+# make test       lint, types and every test that isn't marked slow (what CI runs)
+# make test-all   the slow tests as well
+# make lint       ruff and mypy alone
+#
+# make run RANKS=2 DS_CONFIG=ds_configs/zero3.json ARGS="--pruning.events 24"
+
+PYTHON    ?= python3
+BIN       := .venv/bin
+INSTALLED := .venv/.installed
+DS_CONFIG ?= ds_configs/zero2.json
+# Without RANKS, DeepSpeed starts one rank per GPU, or one on a machine without.
+RANKS     ?=
+ARGS      ?=
+
+.PHONY: run test test-all lint clean
+
+run: $(INSTALLED)
+	$(BIN)/deepspeed $(if $(RANKS),--num_accelerators $(RANKS)) launchers/pretrain.py --ds_config $(DS_CONFIG) $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache
