@@ -1,0 +1,76 @@
+"""Small and awkward: models and batches whose sizes no world size divides, for tests that claim exactness.
+
+Hidden 72 = 6 heads x 12, FFN 136, vocabulary 997, tied embeddings, padding present.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BertConfig, BertForMaskedLM, BertTokenizer
+
+from homodistil.batch import Batch
+
+VOCABULARY = 997
+MASK, FIRST_WORD = 4, 5
+
+
+def bert_config(**changes: Any) -> BertConfig:
+    """The awkward BERT's config; dropout is BERT's own 0.1."""
+    values: dict[str, Any] = {
+        "hidden_size": 72,
+        "num_attention_heads": 6,
+        "intermediate_size": 136,
+        "num_hidden_layers": 3,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 64,
+    }
+    return BertConfig(**{**values, **changes})
+
+
+def bert(seed: int = 0, **changes: Any) -> BertForMaskedLM:
+    """A real `BertForMaskedLM`, fp32, in eval mode; no tensor is left constant, biases and norms included."""
+    torch.manual_seed(seed)
+    model = BertForMaskedLM(bert_config(**changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+        model.bert.embeddings.word_embeddings.weight[0].zero_()  # the padding row, as training leaves it
+    return model
+
+
+def batch(sequences: int = 6, tokens: int = 24, slots: int = 4, seed: int = 0, vocabulary: int = VOCABULARY) -> Batch:
+    """Random masked sequences of unequal lengths, padded; some of their slots have no target."""
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randint(FIRST_WORD, vocabulary, (sequences, tokens), generator=random)
+    lengths = torch.randint(max(2, tokens // 3), tokens + 1, (sequences, 1), generator=random)
+    attention_mask = (torch.arange(tokens) < lengths).long()
+    order = torch.rand(sequences, tokens, generator=random).masked_fill(attention_mask == 0, 2.0)
+    positions = order.argsort(dim=1)[:, :slots].sort(dim=1).values
+    real = (positions < lengths) & (torch.rand(sequences, slots, generator=random) < 0.9)
+    labels = ids.gather(1, positions)
+    masked = ids.scatter(1, positions, torch.where(real, MASK, labels))
+    return Batch(
+        input_ids=masked * attention_mask,
+        attention_mask=attention_mask,
+        scored_positions=positions,
+        labels=labels,
+        weights=real.float(),
+        samples=torch.arange(sequences),
+    )
+
+
+def save_bert(directory: Path, seed: int = 0, **changes: Any) -> Path:
+    """A Hugging Face directory with the awkward BERT and a tokenizer of its vocabulary."""
+    directory.mkdir(parents=True, exist_ok=True)
+    bert(seed, **changes).save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+def save_tokenizer(directory: Path) -> None:
+    """A WordPiece tokenizer whose ids are 0 [PAD], 1 [UNK], 2 [CLS], 3 [SEP], 4 [MASK], then made-up words."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] + [f"w{i}" for i in range(FIRST_WORD, VOCABULARY)]
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(directory)
