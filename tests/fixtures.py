@@ -42,14 +42,15 @@ def bert(seed: int = 0, **changes: Any) -> BertForMaskedLM:
 
 
 def batch(sequences: int = 6, tokens: int = 24, slots: int = 4, seed: int = 0, vocabulary: int = VOCABULARY) -> Batch:
-    """Random masked sequences of unequal lengths, padded; some of their slots have no target."""
+    """Random masked sequences of unequal lengths, padded; every third has an empty last slot."""
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(FIRST_WORD, vocabulary, (sequences, tokens), generator=random)
     lengths = torch.randint(max(2, tokens // 3), tokens + 1, (sequences, 1), generator=random)
     attention_mask = (torch.arange(tokens) < lengths).long()
     order = torch.rand(sequences, tokens, generator=random).masked_fill(attention_mask == 0, 2.0)
     positions = order.argsort(dim=1)[:, :slots].sort(dim=1).values
-    real = (positions < lengths) & (torch.rand(sequences, slots, generator=random) < 0.9)
+    real = positions < lengths
+    real[::3, -1] = False
     labels = ids.gather(1, positions)
     masked = ids.scatter(1, positions, torch.where(real, MASK, labels))
     return Batch(

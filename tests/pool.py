@@ -189,7 +189,7 @@ def _job(message: bytes) -> Callable[[], Any]:
 def _reply(pipe: Connection, rank: int, work: Callable[[], Any]) -> None:
     try:
         reply = pickle.dumps(_Answer(value=work()))
-    except Exception as error:  # noqa: BLE001  (whatever it is, it belongs to the test)
+    except Exception as error:  # whatever it is, it belongs to the test
         reply = _failure(rank, error)
     pipe.send_bytes(reply)
 
@@ -199,6 +199,6 @@ def _failure(rank: int, error: Exception) -> bytes:
     try:
         reply = pickle.dumps(_Answer(error=error, where=where))
         pickle.loads(reply)
-    except Exception:  # noqa: BLE001  (exceptions may raise anything when unpickled)
+    except Exception:  # exceptions may raise anything when unpickled
         reply = pickle.dumps(_Answer(error=RuntimeError(f"{type(error).__name__}: {error}"), where=where))
     return reply

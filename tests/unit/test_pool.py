@@ -77,5 +77,5 @@ def test_shows_where_a_late_rank_stands(broken: RankPool) -> None:
 
 
 def test_reports_a_dead_rank(broken: RankPool) -> None:
-    with pytest.raises(RuntimeError, match="rank 1 died with exit code 7|closed|reset"):
+    with pytest.raises(RuntimeError, match=r"rank 1 died with exit code 7|closed|reset"):
         broken.run(dies_on, 1)
