@@ -1,0 +1,65 @@
+"""Squared error between two models' attention scores, with and without T x T maps: two exact forms of one number.
+
+Both work on factors U, V with U V^T = Q_s K_s^T - Q_t K_t^T on valid pairs and zero elsewhere. `direct` makes the map;
+`gram` uses ||U V^T||^2 = <U^T U, V^T V>, whose matrices are as wide as a head and whose cost is linear in T. Which
+heads and columns face each other, scaling, centring and normalising are the objective's. Bidirectional attention only:
+a causal mask does not factorise over queries and keys.
+"""
+
+# B sequences, A compared heads, T tokens, d student's head width, e teacher's head width, w = d + e
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+QueriesKeys = tuple[Tensor, Tensor]
+"""Queries and keys of one layer: (B, A, T, head width) each."""
+ScoreDifference = Callable[[QueriesKeys, QueriesKeys, Tensor], Tensor]
+
+
+def direct(student: QueriesKeys, teacher: QueriesKeys, valid_BT: Tensor) -> Tensor:
+    """Sum over valid query-key pairs and heads of (q_s . k_s - q_t . k_t)^2, from the map of differences.
+
+    Args: see `difference_factors`. Returns a scalar in fp32, or in fp64 for fp64 inputs.
+    """
+    left, right = difference_factors(student, teacher, valid_BT)
+    with torch.autocast(left.device.type, enabled=False):
+        return (left @ right.mT).square().sum()
+
+
+def gram(student: QueriesKeys, teacher: QueriesKeys, valid_BT: Tensor) -> Tensor:
+    """The value and gradients of `direct`, from two w x w matrices per head."""
+    left, right = difference_factors(student, teacher, valid_BT)
+    with torch.autocast(left.device.type, enabled=False):
+        return ((left.mT @ left) * (right.mT @ right)).sum()
+
+
+def prefers_gram(tokens: int, student_width: int, teacher_width: int) -> bool:
+    """Whether `gram` needs fewer multiplications: 2 T w^2 against T^2 w; at equal head widths d, from T = 4d on."""
+    return tokens > 2 * (student_width + teacher_width)
+
+
+def difference_factors(student: QueriesKeys, teacher: QueriesKeys, valid_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """U and V, (B, A, T, w) each, with U V^T the difference of the models' unscaled scores.
+
+    Args: `student` queries and keys (B, A, T, d); `teacher`'s (B, A, T, e), e >= d, its first d columns being those
+    that the student kept; `valid_BT` 1 for tokens, 0 for padding. Any float dtype; computed in fp32 at least.
+
+    Written with differences, U = [Q_s - Q_t, Q_t, Q_lost] and V = [K_s, K_s - K_t, -K_lost], so that every product
+    is small where the models are close. The plain [Q_s, -Q_t], [K_s, K_t] cancels there: 4-18 % off at a gap of 1e-3.
+    """
+    valid_BT11 = valid_BT[:, None, :, None]
+    (query_s, key_s), (query_t, key_t) = ([_fp32(x) for x in pair] for pair in (student, teacher))
+    width = query_s.shape[-1]
+    kept_query, lost_query = query_t[..., :width], query_t[..., width:]
+    kept_key, lost_key = key_t[..., :width], key_t[..., width:]
+    left = torch.cat([query_s - kept_query, kept_query, lost_query], dim=-1)
+    right = torch.cat([key_s, key_s - kept_key, -lost_key], dim=-1)
+    return left * valid_BT11, right * valid_BT11
+
+
+def _fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

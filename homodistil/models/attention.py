@@ -1,0 +1,125 @@
+"""Queries and keys from inside stock attention: functions registered with transformers' attention interface.
+
+A registered function runs a stock kernel unchanged and hands back `(output, (query, key))`, so that a model asked
+for `output_attentions=True` returns, layer by layer, what attention scores are made of and never the maps. Unlike a
+list filled on the side, this survives activation checkpointing and compiles to one graph. What a family makes of the
+tuples is its adapter's.
+"""
+
+# B sequences, A heads, T tokens, d head width
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import is_flash_attn_2_available
+
+from homodistil.errors import ConfigError
+
+Kernel = Literal["sdpa", "flash_attention_2", "eager"]
+Attention = Callable[..., tuple[Tensor, Any]]
+
+# transformers loads a flash kernel from its hub for any other name with "flash" in it
+_NAMES: dict[Kernel, str] = {
+    "sdpa": "homodistil_sdpa",
+    "flash_attention_2": "homodistil_fa2",
+    "eager": "homodistil_eager",
+}
+
+
+@cache
+def attention_implementation(kernel: Kernel) -> str:
+    """Register `kernel`, once, and return the name to give as `attn_implementation`.
+
+    A model built with that name returns in `attentions`, for `output_attentions=True`, one `(query, key)` per
+    layer, each (B, A, T, d). Raises `ConfigError` where FlashAttention is asked for and cannot run.
+    """
+    name = _NAMES[kernel]
+    AttentionInterface.register(name, _returning_queries_and_keys(_stock(kernel)))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[kernel])  # else padding is attended to
+    return name
+
+
+def _stock(kernel: Kernel) -> Attention:
+    if kernel == "eager":
+        return _eager
+    if kernel == "flash_attention_2":
+        _require_flash_attention()
+        return _flash_attention_2
+    return ALL_ATTENTION_FUNCTIONS[kernel]
+
+
+def _returning_queries_and_keys(attention: Attention) -> Attention:
+    @wraps(attention)
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        output_attentions: bool = False,  # taken out: the kernel has no maps to return, and would say so
+        **kwargs: Any,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        output, _ = attention(module, query, key, value, attention_mask, **kwargs)
+        return output, (query, key)
+
+    return forward
+
+
+def _eager(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention written out. transformers keeps one such function per model and none in its registry."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = nn.functional.dropout(scores.softmax(dim=-1), p=dropout, training=module.training)
+    return (probabilities @ value).transpose(1, 2).contiguous(), None
+
+
+def _flash_attention_2(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """FlashAttention 2 by its name: transformers' own wrapper would look for a kernel called as the config says."""
+    output = _flash_attention_forward(
+        query.transpose(1, 2),  # (B, T, A, d), as the kernel wants them
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attention_mask,
+        query_length=query.shape[2],
+        is_causal=bool(module.is_causal),
+        dropout=dropout,
+        softmax_scale=scaling,
+        attn_implementation="flash_attention_2",
+    )
+    return output, None
+
+
+def _require_flash_attention() -> None:
+    if not (is_flash_attn_2_available() and torch.cuda.is_available()):
+        raise ConfigError(
+            "performance.attention: flash_attention_2: needs a CUDA GPU and the package flash-attn, of which one is "
+            "missing here. Install it with the extra `gpu`, or set performance.attention to sdpa."
+        )

@@ -1,0 +1,79 @@
+"""The objective's terms as pure functions, each a sum over its elements: the caller divides by a count.
+
+Low-precision inputs are computed in fp32, fp64 stays fp64. Nothing here knows a weight, a shape or a configuration.
+"""
+
+# B sequences, S scored slots, V vocabulary, T tokens, D compared dimensions, A heads
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from homodistil.kernels.gram_attention import QueriesKeys, ScoreDifference
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """`x` in fp32, or as it is where it is finer."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def log_probabilities(logits_BSV: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(z / T) over the vocabulary."""
+    return torch.log_softmax(at_least_fp32(logits_BSV) / temperature, dim=-1)
+
+
+def cross_entropy(log_p_BSV: Tensor, labels_BS: Tensor, weights_BS: Tensor) -> Tensor:
+    """Sum over slots of weight * -log p(label), in nats: the masked-language-model loss (Devlin et al. 2019)."""
+    return -(weights_BS * log_p_BSV.gather(-1, labels_BS[..., None]).squeeze(-1)).sum()
+
+
+def divergence(student_log_p_BSV: Tensor, teacher_log_p_BSV: Tensor, weights_BS: Tensor) -> Tensor:
+    """Sum over slots of weight * KL(teacher || student), in nats (Hinton et al. 2015).
+
+    At a temperature T, give `log_probabilities` at T and multiply by T^2, which keeps the gradient's size.
+    """
+    kl_BSV = F.kl_div(student_log_p_BSV, teacher_log_p_BSV, log_target=True, reduction="none")
+    return (weights_BS * kl_BSV.sum(dim=-1)).sum()
+
+
+def hidden_difference(student_BTD: Tensor, teacher_BTD: Tensor, valid_BT: Tensor) -> Tensor:
+    """Sum over tokens, padding left out, of the squared difference averaged over dimensions."""
+    difference = F.mse_loss(at_least_fp32(student_BTD), at_least_fp32(teacher_BTD), reduction="none")
+    return (difference.mean(dim=-1) * valid_BT).sum()
+
+
+def score_difference(
+    student: QueriesKeys, teacher: QueriesKeys, valid_BT: Tensor, scale: float, form: ScoreDifference
+) -> Tensor:
+    """Sum over valid pairs and heads of the squared difference of pre-softmax scores (Jiao et al. 2020, TinyBERT).
+
+    `form` is one of kernels.gram_attention's; `scale` is 1 / sqrt(head width of the original model), for both.
+    """
+    return scale**2 * form(student, teacher, valid_BT)
+
+
+def centred(queries_keys: QueriesKeys, valid_BT: Tensor) -> QueriesKeys:
+    """The same queries, and keys less their sequence's mean valid key.
+
+    A query's scores lose their mean over the keys, a constant that softmax ignores; what is left is what it sees.
+    """
+    query, key = queries_keys[0], at_least_fp32(queries_keys[1])
+    valid_B1T1 = valid_BT[:, None, :, None].to(key.dtype)
+    mean = (key * valid_B1T1).sum(dim=2, keepdim=True) / valid_B1T1.sum(dim=2, keepdim=True).clamp(min=1)
+    return query, key - mean
+
+
+def probability_difference(student: QueriesKeys, teacher: QueriesKeys, valid_BT: Tensor, scale: float) -> Tensor:
+    """Sum over valid pairs and heads of the squared difference of attention probabilities."""
+    difference = _probabilities(student, valid_BT, scale) - _probabilities(teacher, valid_BT, scale)
+    return (difference.square().sum(dim=-1) * valid_BT[:, None, :]).sum()  # at padding keys both are 0
+
+
+def _probabilities(queries_keys: QueriesKeys, valid_BT: Tensor, scale: float) -> Tensor:
+    query, key = map(at_least_fp32, queries_keys)
+    with torch.autocast(query.device.type, enabled=False):
+        scores = query @ key.mT * scale
+    padding = valid_BT[:, None, None, :] == 0
+    return scores.masked_fill(padding, torch.finfo(scores.dtype).min).softmax(dim=-1)
