@@ -1,7 +1,8 @@
 """RunConfig and its sections: what a recipe (YAML) and the command line may say, typed and documented.
 
 Precedence: command line, then recipe, then the defaults here. ZeRO, precision, clipping, buckets and the
-optimizer's type belong to the DeepSpeed JSON instead (see ds_config.py).
+optimizer's type belong to the DeepSpeed JSON instead (ds_config.py); reading recipes and wording errors is
+recipe.py's.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
-from homodistil.errors import ConfigError, nearest
-
-RECIPES = Path(__file__).parent / "recipes"
+from homodistil.errors import ConfigError
+from homodistil.recipe import Origin, explain, merge, read_recipe, recipe_path
 
 
 class Section(BaseModel):
@@ -70,7 +70,15 @@ class StudentConfig(Section):
     """`teacher`: start as the teacher and shrink on the ladder. `random`: new weights, at the target shape
     from the first update (with `teacher: none`, at the shape in `config`)."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Fields of a Hugging Face BertConfig, for a model made from nothing (`teacher: none`)."""
+    """Fields of a Hugging Face BertConfig, for a model made from nothing (`teacher: none`); on the command
+    line as `--student.config hidden_size=128`."""
+
+    @field_validator("config", mode="before")
+    @classmethod
+    def _values_of_the_command_line_have_types(cls, config: Any) -> Any:
+        if not isinstance(config, dict):
+            return config
+        return {key: yaml.safe_load(value) if isinstance(value, str) else value for key, value in config.items()}
 
 
 class DataConfig(Section):
@@ -230,6 +238,7 @@ class RunConfig(Section):
     """Everything about a run that the DeepSpeed JSON does not own."""
 
     recipe: str = "quickstart"
+    """Name of a recipe of this package, or path of a YAML file."""
     run: RunSection = RunSection()
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
@@ -239,6 +248,8 @@ class RunConfig(Section):
     pruning: PruningConfig = PruningConfig()
     validation: ValidationConfig = ValidationConfig()
     performance: PerformanceConfig = PerformanceConfig()
+
+    _origin: Origin | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _warm_up_ends_before_pruning(self) -> RunConfig:
@@ -251,78 +262,26 @@ class RunConfig(Section):
 
     @classmethod
     def load(cls, recipe: str, overrides: dict[str, Any] | None = None) -> RunConfig:
-        """The recipe's values with `overrides` (nested dict) on top. Raises `ConfigError`."""
-        path = recipe_path(recipe)
-        values = _merge(_read(path), overrides or {})
-        values["recipe"] = path.stem
-        values.setdefault("run", {}).setdefault("name", path.stem)
+        """The recipe's values with `overrides` (nested dict: the command line's) on top. Raises `ConfigError`."""
+        origin = Origin(recipe_path(recipe), overrides or {})
+        values = merge(read_recipe(origin.path), origin.overrides)
+        values["recipe"] = origin.path.stem
+        values["run"] = {"name": origin.path.stem, **(values.get("run") or {})}
         try:
-            return cls.model_validate(values)
+            run = cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError(explain(error, f"recipe {path}", cls)) from None
+            raise ConfigError(explain(error, cls, origin)) from None
+        run._origin = origin
+        return run
+
+    def origin(self, key: str) -> str | None:
+        """Where `section.field` was set, in words; None when it is still this file's default."""
+        section, field = key.split(".")
+        if field not in getattr(self, section).model_fields_set:
+            return None
+        return self._origin(key) if self._origin else f"{key} in the program"
 
     def save(self, path: Path) -> None:
         """Write the resolved configuration as YAML; `load` of that file repeats the run."""
         values = self.model_dump(mode="json", exclude={"recipe"})
         path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def recipe_path(recipe: str) -> Path:
-    """A recipe's file, from a name or a path. Raises `ConfigError`."""
-    shipped, given = RECIPES / f"{recipe}.yaml", Path(recipe)
-    if shipped.is_file():
-        return shipped
-    if given.suffix in {".yaml", ".yml"} and given.is_file():
-        return given
-    raise ConfigError(
-        f"--recipe {recipe}: neither a file nor a recipe of this package.{nearest(recipe, recipe_names())} "
-        f"Give a .yaml path, or one of: {', '.join(recipe_names())}."
-    )
-
-
-def explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
-    """One line per fault: file, key, value found, what was expected, and the nearest right key."""
-    return "\n".join(_explain_one(fault, where, model) for fault in error.errors())
-
-
-def _explain_one(fault: Any, where: str, model: type[BaseModel]) -> str:
-    keys = [str(part) for part in fault["loc"]]
-    name = ".".join(keys)
-    if fault["type"] == "extra_forbidden":
-        known = _fields_at(model, keys[:-1])
-        return f"{where}: unknown key '{name}'.{nearest(keys[-1], known)} Known here: {', '.join(known)}."
-    message = fault["msg"].removeprefix("Value error, ")
-    found = "" if isinstance(fault.get("input"), dict | BaseModel) else f" (found {fault.get('input')!r})"
-    return f"{where}: {name or 'values'}: {message}{found}. See `homodistil pretrain --help`."
-
-
-def _fields_at(model: type[BaseModel], keys: list[str]) -> list[str]:
-    for key in keys:
-        annotation = model.model_fields[key].annotation if key in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"recipe {path} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"recipe {path}: expected sections of keys, found {type(values).__name__}.")
-    return values
-
-
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
