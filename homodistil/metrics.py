@@ -1,0 +1,246 @@
+"""Metrics: what a run says while it runs, as a progress bar, TensorBoard scalars and one JSON line per point.
+
+Owns averaging over updates and ranks, the clock behind tokens/s, and the warning about a term that has no say.
+Values are computed elsewhere; the figures of a finished run are summary.py's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from homodistil.config import ObjectiveConfig, RunConfig
+from homodistil.progress import progress_bar
+from homodistil.ranks import Ranks
+
+logger = logging.getLogger(__name__)
+
+SMALLEST_SHARE = 0.01
+"""A term below this share of the total is as good as switched off."""
+
+Scalars = Mapping[str, float]
+
+
+class Metrics:
+    """One run's log, as a context manager. All ranks keep one; only rank 0's shows and writes.
+
+    Nothing waits for the device between two logged points.
+    """
+
+    def __init__(self, run: RunConfig, ranks: Ranks) -> None:
+        self._run, self._ranks = run, ranks
+        self._clock = _Clock()
+        self._window = _Window()
+        self._tokens = 0
+        self._faint_terms: set[str] = set()
+        self._exits = ExitStack()
+        self.prunes = 0
+
+    def __enter__(self) -> Metrics:
+        config = self._run.run
+        self._bar = self._exits.enter_context(
+            progress_bar(config.name, config.updates, "update", shown=self._ranks.is_first)
+        )
+        if self._ranks.is_first:
+            self._log = self._exits.enter_context(_Log(self._run))
+            self._exits.enter_context(logging_redirect_tqdm())
+        self._clock.start()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._clock.stop()
+        self._exits.__exit__(*raised)
+
+    def record(
+        self,
+        update: int,
+        losses: Mapping[str, Tensor],
+        tokens: int,
+        learning_rate: float,
+        gradient_norm: Tensor | float | None,
+    ) -> None:
+        """Count one update; log it if it is due. Collective when due, that is every `run.log_every` updates.
+
+        losses: this rank's share of each unweighted term, scalars on any device; summed over ranks they are the
+        update's. tokens: of the whole update, over all ranks. gradient_norm: before clipping.
+        """
+        self._window.add(losses, tokens)
+        self._tokens += tokens
+        self._bar.update()
+        if update % self._run.run.log_every and update != self._run.run.updates:
+            return
+        seconds = self._clock.lap()
+        means = self._window.means(self._ranks)
+        scalars = {
+            **loss_scalars(self._run.objective, means),
+            "speed/tokens_per_second": self._window.tokens / seconds,
+            "memory/peak_bytes": float(peak_memory_bytes()),
+            "optimizer/learning_rate": learning_rate,
+        }
+        if gradient_norm is not None:
+            scalars["optimizer/gradient_norm"] = float(gradient_norm)
+        self._window = _Window()
+        self._write(update, scalars)
+        self._show(scalars)
+        if self.prunes and self._ranks.is_first:
+            self._warn_of_faint_terms(scalars)
+
+    def validation(self, update: int, measures: Mapping[str, float | None]) -> None:
+        """Log held-out figures; what is None, for want of a teacher, is left out."""
+        self._write(update, {f"validation/{name}": value for name, value in measures.items() if value is not None})
+
+    def shape(self, update: int, widths: Mapping[str, int], parameters: int) -> None:
+        """Log the student's widths (hidden, ffn, heads, head_width) and its size."""
+        self._write(update, {f"shape/{name}": float(n) for name, n in {**widths, "parameters": parameters}.items()})
+        self._bar.set_description(f"{self._run.run.name} {widths['hidden']}/{widths['ffn']}", refresh=False)
+
+    def pruned(
+        self, update: int, widths: Mapping[str, int], parameters: int, kl_before: float, kl_after: float, seconds: float
+    ) -> None:
+        """Log a prune: the student's new shape, and KL on one batch just before and just after (nats a position)."""
+        self.prunes += 1
+        jump = {"kl_before": kl_before, "kl_after": kl_after, "prune_jump": kl_after - kl_before, "seconds": seconds}
+        self._write(update, {f"pruning/{name}": value for name, value in jump.items()})
+        self.shape(update, widths, parameters)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside, as on validation, does not count against the throughput."""
+        self._clock.stop()
+        try:
+            yield
+        finally:
+            self._clock.start()
+
+    @property
+    def seconds(self) -> float:
+        """Spent training so far, pauses left out."""
+        return self._clock.seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over the whole run so far, pauses left out."""
+        return self._tokens / max(self._clock.seconds, 1e-9)
+
+    def _write(self, update: int, scalars: Scalars) -> None:
+        if self._ranks.is_first:
+            self._log.write(update, scalars)
+
+    def _show(self, scalars: Scalars) -> None:
+        losses = {name: f"{loss:.3g}" for name, loss in _group(scalars, "loss").items()}
+        self._bar.set_postfix({**losses, "tokens/s": f"{scalars['speed/tokens_per_second']:,.0f}"}, refresh=False)
+
+    def _warn_of_faint_terms(self, scalars: Scalars) -> None:
+        shares = _group(scalars, "share")
+        for name in shares.keys() - self._faint_terms:
+            if shares[name] < SMALLEST_SHARE and getattr(self._run.objective, name).weight > 0:
+                self._faint_terms.add(name)
+                message = (
+                    "objective.%s is %.2g of the total loss, less than %g: it hardly steers the student. "
+                    "Raise objective.%s.weight, or set it to 0 to save its cost."
+                )
+                logger.warning(message, name, shares[name], SMALLEST_SHARE, name)
+
+
+def loss_scalars(objective: ObjectiveConfig, losses: Scalars) -> dict[str, float]:
+    """`loss/*`: the total and each unweighted term; `share/*`: each term's weighted part of the total."""
+    weighted = {name: getattr(objective, name).weight * loss for name, loss in losses.items()}
+    total = sum(weighted.values())
+    scalars = {"loss/total": total} | {f"loss/{name}": loss for name, loss in losses.items()}
+    return scalars | {f"share/{name}": value / total if total else 0.0 for name, value in weighted.items()}
+
+
+def _group(scalars: Scalars, group: str) -> dict[str, float]:
+    """name -> value of the tags `group/name`."""
+    return {tag.partition("/")[2]: value for tag, value in scalars.items() if tag.startswith(f"{group}/")}
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this process ever held: on its GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class _Window:
+    """Sums over the updates since the last logged point; they stay on the device until `means`."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._updates = 0
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, losses: Mapping[str, Tensor], tokens: int) -> None:
+        self._updates += 1
+        self.tokens += tokens
+        for name, loss in losses.items():
+            loss = loss.detach().float()
+            self._sums[name] = self._sums[name] + loss if name in self._sums else loss
+
+    def means(self, ranks: Ranks) -> dict[str, float]:
+        """The window's mean update. Collective."""
+        totals = ranks.sum(torch.stack(list(self._sums.values()))) / self._updates
+        return dict(zip(self._sums, totals.tolist(), strict=True))
+
+
+class _Clock:
+    """A stopwatch: total seconds while running, and those since the last lap."""
+
+    def __init__(self) -> None:
+        self._total = self._lap = 0.0
+        self._since: float | None = None
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        self._total, self._since = self.seconds, None
+
+    @property
+    def seconds(self) -> float:
+        return self._total + (time.perf_counter() - self._since if self._since is not None else 0.0)
+
+    def lap(self) -> float:
+        seconds = self.seconds
+        previous, self._lap = self._lap, seconds
+        return max(seconds - previous, 1e-9)
+
+
+class _Log:
+    """tensorboard/ and metrics.jsonl of a run's directory; both begin anew with the run."""
+
+    def __init__(self, run: RunConfig) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # 2 s that only rank 0 needs to wait
+
+        directory = run.run.path
+        directory.mkdir(parents=True, exist_ok=True)
+        # purge_step: TensorBoard forgets what an earlier run wrote into this directory.
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=0)
+        self._lines = (directory / "metrics.jsonl").open("w", encoding="utf-8")
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._board.close()
+        self._lines.close()
+
+    def write(self, update: int, scalars: Scalars) -> None:
+        """One point. JSON knows no NaN or infinity: there they become null."""
+        for tag, value in scalars.items():
+            self._board.add_scalar(tag, value, update)
+        point = {tag: value if math.isfinite(value) else None for tag, value in scalars.items()}
+        self._lines.write(json.dumps({"update": update, **point}) + "\n")
+        self._lines.flush()

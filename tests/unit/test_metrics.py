@@ -1,0 +1,150 @@
+"""What a run's log holds, compared with sums done by hand."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from homodistil.config import RunConfig
+from homodistil.metrics import Metrics
+from homodistil.ranks import Ranks
+from tests.pool import RankPool
+
+WIDTHS = {"hidden": 48, "ffn": 96, "heads": 6, "head_width": 8}
+
+
+class OneRank(Ranks):
+    """A world of one that needs no process group."""
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+
+ALONE = OneRank(0, 1, 0, torch.device("cpu"))
+
+
+def config(directory: Path, **run: Any) -> RunConfig:
+    weights = {"mlm": {"weight": 1.0}, "kl": {"weight": 2.0}, "hidden": {"weight": 0.5}, "attention": {"weight": 0.0}}
+    settings = {"directory": directory, "name": "tried", "updates": 4, "log_every": 2, **run}
+    return RunConfig.model_validate({"run": settings, "objective": weights})
+
+
+def losses(**values: float) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(value) for name, value in values.items()}
+
+
+def points(directory: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (directory / "tried" / "metrics.jsonl").read_text().splitlines()]
+
+
+def record_by_rank(directory: Path) -> None:
+    ranks = Ranks.current()
+    with Metrics(config(directory), ranks) as metrics:
+        for update in (1, 2):
+            metrics.record(update, losses(mlm=float(update + ranks.rank), kl=1.0), 10, 1e-3, 0.5)
+
+
+def test_a_point_is_the_mean_over_updates_of_the_sum_over_ranks(ranks_pool: RankPool, tmp_path: Path) -> None:
+    ranks_pool.run(record_by_rank, tmp_path)
+    (point,) = points(tmp_path)
+    by_hand = [sum(update + rank for rank in range(ranks_pool.world_size)) for update in (1, 2)]
+    assert point["update"] == 2
+    assert point["loss/mlm"] == pytest.approx(sum(by_hand) / 2)
+    assert point["loss/kl"] == pytest.approx(ranks_pool.world_size)
+
+
+def test_total_and_shares_are_weighted(tmp_path: Path) -> None:
+    with Metrics(config(tmp_path, updates=1), ALONE) as metrics:
+        metrics.record(1, losses(mlm=3.0, kl=1.0, hidden=10.0, attention=7.0), 10, 1e-3, None)
+    (point,) = points(tmp_path)
+    assert point["loss/total"] == pytest.approx(1 * 3 + 2 * 1 + 0.5 * 10)
+    assert [point[f"share/{name}"] for name in ("mlm", "kl", "hidden", "attention")] == [0.3, 0.2, 0.5, 0.0]
+    assert "optimizer/gradient_norm" not in point
+
+
+def test_tensorboard_holds_the_same_points_as_the_json_lines(tmp_path: Path) -> None:
+    with Metrics(config(tmp_path), ALONE) as metrics:
+        metrics.shape(0, WIDTHS, 1000)
+        for update in range(1, 5):
+            metrics.record(update, losses(mlm=float(update)), 10, 1e-3, torch.tensor(0.25))
+        metrics.validation(4, {"mlm_loss": 2.5, "kl": None})
+        metrics.pruned(4, {**WIDTHS, "hidden": 24}, 500, kl_before=0.5, kl_after=0.75, seconds=0.1)
+    board = EventAccumulator(str(tmp_path / "tried" / "tensorboard")).Reload()
+    from_board = {(tag, event.step): event.value for tag in board.Tags()["scalars"] for event in board.Scalars(tag)}
+    from_lines = {
+        (tag, point["update"]): v for point in points(tmp_path) for tag, v in point.items() if tag != "update"
+    }
+    assert from_board.keys() == from_lines.keys()
+    assert all(from_board[key] == pytest.approx(from_lines[key]) for key in from_lines)
+    assert from_lines["pruning/prune_jump", 4] == pytest.approx(0.25)
+    assert from_lines["shape/hidden", 4] == 24 and from_lines["shape/hidden", 0] == 48
+    assert ("validation/kl", 4) not in from_lines
+
+
+def test_nothing_waits_for_the_device_between_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[str] = []
+
+    def watched(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def wait(*arguments: Any) -> Any:
+            waits.append(name)
+            return method(*arguments)
+
+        return wait
+
+    for name in ("item", "tolist", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
+    with Metrics(config(tmp_path, updates=9, log_every=3), ALONE) as metrics:
+        for update in (1, 2):
+            metrics.record(update, losses(mlm=1.0), 10, 1e-3, torch.tensor(1.0))
+        assert not waits
+        metrics.record(3, losses(mlm=1.0), 10, 1e-3, torch.tensor(1.0))
+        assert waits
+
+
+def test_a_faint_term_is_named_once_and_only_after_the_first_prune(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    faint = losses(mlm=3.0, kl=0.001, hidden=1.0, attention=1.0)
+    with caplog.at_level(logging.WARNING), Metrics(config(tmp_path, log_every=1), ALONE) as metrics:
+        metrics.record(1, faint, 10, 1e-3, None)
+        assert not caplog.records
+        metrics.pruned(1, WIDTHS, 500, kl_before=0.0, kl_after=0.1, seconds=0.1)
+        metrics.record(2, faint, 10, 1e-3, None)
+        metrics.record(3, faint, 10, 1e-3, None)
+    assert ["objective.kl" in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_pauses_do_not_slow_the_reported_throughput(tmp_path: Path) -> None:
+    with Metrics(config(tmp_path, updates=1), ALONE) as metrics:
+        with metrics.paused():
+            time.sleep(0.3)
+        metrics.record(1, losses(mlm=1.0), 1000, 1e-3, None)
+        assert metrics.seconds < 0.25
+        assert metrics.tokens_per_second > 1000 / 0.25
+
+
+def test_a_second_run_of_the_same_name_begins_a_new_log(tmp_path: Path) -> None:
+    for loss in (1.0, 2.0):
+        with Metrics(config(tmp_path, updates=1), ALONE) as metrics:
+            metrics.record(1, losses(mlm=loss), 10, 1e-3, None)
+    assert [point["loss/mlm"] for point in points(tmp_path)] == [2.0]
+    board = EventAccumulator(str(tmp_path / "tried" / "tensorboard")).Reload()
+    assert [event.value for event in board.Scalars("loss/mlm")] == [2.0]
+
+
+def test_a_log_file_gets_lines_not_a_redrawn_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Metrics(config(tmp_path, updates=1), ALONE) as metrics:
+        metrics.shape(0, WIDTHS, 1000)
+        metrics.record(1, losses(mlm=1.5), 10, 1e-3, None)
+    shown = capsys.readouterr().err
+    assert "\r" not in shown
+    *_, last = filter(None, shown.splitlines())
+    assert "tried 48/96: 1/1" in last and "mlm=1.5" in last
