@@ -7,9 +7,9 @@ from typing import Protocol
 from transformers import PretrainedConfig, PreTrainedModel
 
 from homodistil.batch import Batch
-from homodistil.signals import Signals
 from homodistil.models.groups import PrunableGroup
 from homodistil.models.shape import StudentShape, Widths
+from homodistil.signals import Signals
 
 
 class ModelFamily(Protocol):

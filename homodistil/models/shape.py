@@ -47,6 +47,12 @@ class Widths:
         return f"{self.hidden} hidden, {self.heads} x {self.head_width} heads, {self.ffn} FFN"
 
 
+def nearest_stock(hidden: int, heads: int, widest_head: int) -> str:
+    """The widths next to `hidden` that so many heads, no wider than `widest_head`, can make: for error messages."""
+    around = {min(widest_head, max(1, width)) for width in (hidden // heads, -(-hidden // heads))}
+    return " or ".join(f"{heads * width} ({heads} x {width})" for width in sorted(around, reverse=True))
+
+
 @dataclass(frozen=True)
 class StudentShape:
     """Per group, the teacher's unit behind each of the student's, in order. Serialisable; immutable."""
@@ -80,7 +86,7 @@ class StudentShape:
         return self._with(chosen)
 
     def _with(self, kept: Mapping[str, tuple[int, ...]]) -> StudentShape:
-        alive = {head for layer in range(self.layers) for h in kept[heads(layer)] for head in (qk(layer, h), vo(layer, h))}
+        alive = {name(layer, h) for layer in range(self.layers) for h in kept[heads(layer)] for name in (qk, vo)}
         return StudentShape(
             self.layers, self.teacher, {n: u for n, u in kept.items() if not n.endswith(("qk", "vo")) or n in alive}
         )

@@ -1,0 +1,139 @@
+"""Models from a directory, from a config, or from nothing; every weight accounted for.
+
+Leaves to others which directory is meant, and what is done with the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, PretrainedConfig, PreTrainedModel
+
+from homodistil.errors import ConfigError, ModelError, nearest
+from homodistil.models import family_of
+
+CHUNK_BYTES = 1 << 22
+
+
+def load_model(path: str | Path, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
+    """The masked language model in a Hugging Face directory, in `dtype`.
+
+    attention: name of a registered attention function; None for transformers' own choice. Raises `ModelError`
+    for what is missing, and for any weight that did not come from the directory or is all zero.
+    """
+    config, files = load_config(path), weight_files(path)
+    settings = {} if attention is None else {"attn_implementation": attention}
+    try:
+        model, report = AutoModelForMaskedLM.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        )
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        raise ModelError(f"{path}: the weights cannot be read: {error}. Copy or save the model again.") from error
+    faults = [f"'{name}' is missing, and would be new random numbers" for name in sorted(report["missing_keys"])]
+    faults += [
+        f"'{name}' has shape {tuple(found)}, config.json expects {tuple(expected)}"
+        for name, found, expected in sorted(report["mismatched_keys"])
+    ]
+    faults += [f"'{name}' is all zero" for name in _zero_weights(model)]
+    if faults:
+        raise ModelError(
+            f"{', '.join(str(file) for file in files)}: {'; '.join(faults)}. Every weight of {type(model).__name__} "
+            "must be trained: use a checkpoint saved from that class, with its masked-language-model head."
+        )
+    return model
+
+
+def load_config(path: str | Path) -> PretrainedConfig:
+    """The config of a supported model in a directory. Raises `ModelError`."""
+    if not (Path(path) / "config.json").is_file():
+        raise ModelError(f"{path}: no config.json here. Expected a Hugging Face model directory; check the path.")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise ModelError(f"{Path(path) / 'config.json'} cannot be read: {error}. Save the model again.") from error
+    family_of(config)
+    return config
+
+
+def weight_files(path: str | Path) -> list[Path]:
+    """A directory's weight files, in name order. Raises `ModelError` when there is none."""
+    for pattern in ("*.safetensors", "pytorch_model*.bin"):
+        if files := sorted(Path(path).glob(pattern)):
+            return files
+    raise ModelError(f"{path}: no weights here. Expected model.safetensors; save the model with save_pretrained.")
+
+
+def model_hash(path: str | Path) -> str:
+    """SHA-256, in hex, over the weight files of a directory. Raises `ModelError` when there is none."""
+    digest = hashlib.sha256()
+    for file in weight_files(path):
+        with file.open("rb") as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def bert_config(fields: dict[str, Any], vocab_size: int) -> BertConfig:
+    """The config of a BERT made from nothing: a recipe's `student.config`. Raises `ConfigError`, `ShapeError`."""
+    known = sorted(field.name for field in dataclasses.fields(BertConfig))
+    for name in fields:
+        if name not in known:
+            raise ConfigError(f"student.config: unknown key '{name}'.{nearest(name, known)} Use fields of BertConfig.")
+    if fields.get("vocab_size", vocab_size) != vocab_size:
+        raise ConfigError(
+            f"student.config.vocab_size is {fields['vocab_size']}, but the shards' tokenizer has {vocab_size} tokens. "
+            "Leave the key out."
+        )
+    try:
+        config = BertConfig(**{**fields, "vocab_size": vocab_size})
+    except StrictDataclassError as error:
+        raise ConfigError(f"student.config: {error}") from None
+    family_of(config).widths(config)
+    return config
+
+
+def new_model(config: PretrainedConfig, attention: str | None = None) -> PreTrainedModel:
+    """A fp32 model with new random weights, drawn from torch's global generator. It owns a copy of `config`."""
+    settings = {} if attention is None else {"attn_implementation": attention}
+    return AutoModelForMaskedLM.from_config(copy.deepcopy(config), dtype=torch.float32, **settings)
+
+
+def skeleton(config: PretrainedConfig, attention: str | None = None) -> PreTrainedModel:
+    """A fp32 model whose parameters are on the meta device, to be narrowed, then `materialise`d.
+
+    Its buffers are real. It owns a copy of `config`.
+    """
+    with torch.device("meta"):
+        model = new_model(config, attention)
+    for module in model.modules():
+        if buffers := dict(module.named_buffers(recurse=False)):
+            for name, buffer in buffers.items():
+                setattr(module, name, torch.empty_like(buffer, device="cpu"))
+            model._init_weights(module)
+    return model
+
+
+def materialise(model: nn.Module, device: torch.device | str = "cpu") -> None:
+    """Give every meta parameter zeroed memory on `device`, in place; tied parameters stay one."""
+    real: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if parameter.is_meta:
+                filled = nn.Parameter(torch.zeros_like(parameter, device=device), parameter.requires_grad)
+                setattr(module, name, real.setdefault(id(parameter), filled))
+
+
+def _zero_weights(model: nn.Module) -> Iterator[str]:
+    """Matrices and LayerNorm gains without a single non-zero number; biases may be zero."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("weight") and not parameter.any():
+            yield name
