@@ -1,0 +1,134 @@
+"""The commands: `homodistil NAME ...` and launchers/NAME.py parse the same flags and call one function each.
+
+An error that the user can mend is printed as one message, without a traceback, with exit code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
+from pydantic_settings import CliImplicitFlag
+
+from homodistil.arguments import parse
+from homodistil.config import RunConfig, Section
+from homodistil.errors import ConfigError, DataError, DivergenceError, HomodistilError, nearest
+from homodistil.recipe import explain
+
+Settings = TypeVar("Settings", bound=BaseModel)
+DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
+
+
+class Launch(Section):
+    """What is run, and on which engines."""
+
+    ds_config: Path = DS_CONFIGS / "zero2.json"
+    """DeepSpeed JSON of the student: ZeRO stage, precision, clipping."""
+    teacher_ds_config: Path = DS_CONFIGS / "teacher_zero3.json"
+    """DeepSpeed JSON of the teacher, where it is sharded."""
+    dry_run: CliImplicitFlag[bool] = False
+    """Print the ladder, shapes, parameters, memory per rank and time; then stop."""
+    local_rank: int | None = None
+    """Given by the deepspeed launcher; the environment says the same."""
+
+
+class Pretrain(RunConfig, Launch):
+    """Distil a student out of its teacher. Flags override the recipe; the defaults shown are those without one."""
+
+
+class EvaluationData(Section):
+    """What the model is measured on."""
+
+    shards: Path
+    """Folder of shards; its held-out shard is used."""
+
+
+class Evaluate(Section):
+    """Measure a Hugging Face directory."""
+
+    task: Literal["mlm"] = "mlm"
+    """`mlm`: masked-language-model loss and accuracy."""
+    model: Path
+    """Hugging Face directory, such as a run's student/."""
+    data: EvaluationData
+    sequences: int = Field(default=1024, ge=1)
+    """Held-out sequences used (all there are, if fewer)."""
+    micro_batch: int = Field(default=32, ge=1)
+    """Sequences a forward pass."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the forward pass."""
+
+
+# The libraries behind a command are imported when it runs: `--help` and a misspelt flag need not wait for torch.
+
+
+def pretrain(arguments: Sequence[str]) -> None:
+    """Load recipe and DeepSpeed JSONs, check them against each other, and train."""
+    given = parse(Pretrain, "homodistil pretrain", arguments)
+    launch = _checked(Launch, {name: given.pop(name) for name in Launch.model_fields if name in given})
+    run = RunConfig.load(given.pop("recipe", "quickstart"), given)
+
+    from homodistil.ds_config import DeepSpeedConfig
+
+    student = DeepSpeedConfig.load(launch.ds_config)
+    teacher = DeepSpeedConfig.load_teacher(launch.teacher_ds_config, student)
+    run = student.adopted_by(run)
+
+    from homodistil import train
+
+    train.pretrain(run, student, teacher, launch.dry_run)
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """Print what a model scores."""
+    options = _checked(Evaluate, parse(Evaluate, "homodistil evaluate", arguments))
+
+    from homodistil.evaluation.language_modeling import evaluate_mlm
+
+    scores = evaluate_mlm(options.model, options.data.shards, options.sequences, options.micro_batch, options.dtype)
+    for name, value in scores.items():
+        print(f"{name:24} {value:.4f}")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"pretrain": pretrain, "evaluate": evaluate}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run `NAME flags...`; exits with 2 after an error that the user can mend."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _command(words[0] if words else "--help")(words[1:])
+    except HomodistilError as error:
+        _report(error)
+        sys.exit(2)
+
+
+def _command(name: str) -> Callable[[Sequence[str]], None]:
+    if name in COMMANDS:
+        return COMMANDS[name]
+    if name in {"-h", "--help"}:
+        return _overview
+    raise ConfigError(f"{name}: no such command.{nearest(name, COMMANDS)} One of: {', '.join(COMMANDS)}.")
+
+
+def _overview(_: Sequence[str]) -> None:
+    for name, command in COMMANDS.items():
+        print(f"homodistil {name:16} {command.__doc__}")
+
+
+def _checked(settings: type[Settings], values: dict[str, Any]) -> Settings:
+    try:
+        return settings.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(explain(error, settings, lambda key: f"--{key} on the command line")) from None
+
+
+def _report(error: HomodistilError) -> None:
+    """Once for all ranks, if all of them found the same; else by each."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0 or isinstance(error, DataError | DivergenceError):
+        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
