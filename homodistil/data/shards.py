@@ -1,0 +1,180 @@
+"""Shards: how packed sequences lie on disk, as webdataset tars of integer blocks beside an index.
+
+A shard's members are .npy blocks of hundreds of sequences, since one sample a member reads two orders of magnitude
+slower. Owns the index, writing, reading and verifying. Leaves what is in them to build.py, their order to stream.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import webdataset as wds
+from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
+from tqdm import tqdm
+
+from homodistil.data.tokenizer import tokenizer_hash
+from homodistil.errors import DataError
+
+FORMAT_VERSION = 1
+SEQUENCES_PER_MEMBER = 512
+BUILD_COMMAND = "python data_prep/build_shards.py --source <text> --output"
+
+Split = Literal["train", "validation"]
+Sequences = NDArray[np.unsignedinteger]
+
+
+class ShardEntry(BaseModel):
+    """One tar file of a split."""
+
+    name: str
+    sequences: int
+    bytes: int
+    sha256: str
+
+
+class SourceCount(BaseModel):
+    """How much of the corpus one source gave."""
+
+    documents: int = 0
+    tokens: int = 0
+
+
+class SpecialTokens(BaseModel):
+    """Ids that are never masked."""
+
+    pad: int
+    cls: int
+    sep: int
+    mask: int
+    unk: int
+
+
+class ShardIndex(BaseModel):
+    """index.json: everything a reader must know before it opens a shard."""
+
+    format_version: int = FORMAT_VERSION
+    sequence_length: int
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: int
+    tokenizer_sha256: str
+    """Of the vocabulary's pieces in id order (see `tokenizer_hash`)."""
+    special_tokens: SpecialTokens
+    documents: int
+    tokens: int
+    sources: dict[str, SourceCount]
+    splits: dict[Split, list[ShardEntry]]
+
+    @classmethod
+    def load(cls, folder: Path) -> ShardIndex:
+        """Read `folder`/index.json and check that every shard is there at its size. Raises `DataError`."""
+        path = folder / "index.json"
+        if not path.is_file():
+            found = "it has no index.json" if folder.is_dir() else "there is no such folder"
+            raise DataError(f"data.shards = {folder}: {found}. Build shards with: {BUILD_COMMAND} {folder}")
+        try:
+            index = cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(map(str, fault["loc"])) or "file"
+            raise DataError(f"{path}: {where}: {fault['msg']}. Rebuild with: {BUILD_COMMAND} {folder}") from None
+        index._check(folder)
+        return index
+
+    def _check(self, folder: Path) -> None:
+        path, rebuild = folder / "index.json", f"Remove it and rebuild with: {BUILD_COMMAND} {folder}"
+        if self.format_version != FORMAT_VERSION:
+            raise DataError(f"{path}: format_version is {self.format_version}, expected {FORMAT_VERSION}. {rebuild}")
+        for split in ("train", "validation"):
+            if not self.sequences(split):
+                raise DataError(f"{path}: splits.{split} holds no sequences, expected at least one. {rebuild}")
+        for entry in self.entries():
+            shard = folder / entry.name
+            size = shard.stat().st_size if shard.is_file() else None
+            if size != entry.bytes:
+                found = "it is missing" if size is None else f"it has {size} bytes"
+                raise DataError(f"{shard}: {found}, expected {entry.bytes} bytes. {rebuild}")
+
+    def save(self, folder: Path) -> None:
+        (folder / "index.json").write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+    def entries(self) -> list[ShardEntry]:
+        return [entry for entries in self.splits.values() for entry in entries]
+
+    def sequences(self, split: Split) -> int:
+        """Sequences in a split."""
+        return sum(entry.sequences for entry in self.splits.get(split, []))
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Folder of the tokenizer, below the shards'."""
+        return "tokenizer"
+
+
+def write_shard(path: Path, blocks: Iterable[Sequences]) -> ShardEntry:
+    """Write each block, shape (rows, T), as one member. Equal blocks give equal bytes."""
+    sequences = 0
+    with path.open("wb") as file, wds.TarWriter(file, mtime=0) as tar:
+        for number, block in enumerate(blocks):
+            tar.write({"__key__": f"{path.stem}-{number:05d}", "npy": block.astype(block.dtype.newbyteorder("<"))})
+            sequences += len(block)
+    return ShardEntry(name=path.name, sequences=sequences, bytes=path.stat().st_size, sha256=sha256(path))
+
+
+def read_shard(folder: Path, index: ShardIndex, entry: ShardEntry) -> Sequences:
+    """A shard's sequences, (entry.sequences, T) of the index's dtype. Raises `DataError` if they are not that."""
+    path = folder / entry.name
+    members = wds.DataPipeline(wds.SimpleShardList([str(path)]), wds.tarfile_to_samples(), wds.decode())
+    try:
+        block = np.concatenate([member["npy"] for member in members])
+    except Exception as error:  # tar, npy and I/O faults alike: whatever it is, this shard cannot be read
+        raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error}). {VERIFY} {folder}") from error
+    expected = (entry.sequences, index.sequence_length)
+    if block.shape != expected or block.dtype != np.dtype(index.dtype):
+        raise DataError(
+            f"{path}: holds {block.dtype} of shape {block.shape}, expected {index.dtype} of {expected}. "
+            f"{VERIFY} {folder}"
+        )
+    return block
+
+
+VERIFY = "Find damaged shards with: python data_prep/verify_shards.py"
+
+
+def verify(folder: Path, *, progress: bool = False) -> ShardIndex:
+    """Read everything: hashes, counts, ids below the vocabulary's size, the tokenizer. Raises one `DataError`."""
+    index = ShardIndex.load(folder)
+    faults = []
+    if tokenizer_hash(folder / index.tokenizer_name) != index.tokenizer_sha256:
+        faults.append(f"{folder / index.tokenizer_name}: not the tokenizer these shards were built with")
+    for entry in tqdm(index.entries(), desc="verifying", unit="shard", disable=not progress):
+        faults += _faults(folder, index, entry)
+    if faults:
+        mend = f"Copy these files again from where they were built, or rebuild with: {BUILD_COMMAND} {folder}"
+        raise DataError("\n".join([*faults, mend]))
+    return index
+
+
+def _faults(folder: Path, index: ShardIndex, entry: ShardEntry) -> list[str]:
+    path = folder / entry.name
+    found = sha256(path)
+    if found != entry.sha256:
+        return [f"{path}: sha256 is {found[:12]}..., expected {entry.sha256[:12]}..."]
+    try:
+        largest = int(read_shard(folder, index, entry).max())
+    except DataError as error:
+        return [str(error)]
+    return [] if largest < index.vocab_size else [f"{path}: id {largest}, expected below {index.vocab_size}"]
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,161 @@
+"""Stream: update number -> this rank's share of that global batch, the same for any number of ranks.
+
+K lanes each own a fixed share of the shards in an epoch and supply a fixed share of every batch; rank r of W serves
+the lanes congruent to r modulo W. Order and masks are pure functions of (seed, update), so the position is one
+integer and resuming reads nothing but the shards it continues in. Leaves the layout on disk to shards.py.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from homodistil.batch import Batch
+from homodistil.config import DataConfig
+from homodistil.data.hashing import Purpose, permutation
+from homodistil.data.masking import VALIDATION_MASKS, Masker, training_masks
+from homodistil.data.shards import Sequences, ShardIndex, read_shard
+from homodistil.data.tokenizer import continuation_pieces
+from homodistil.errors import ConfigError, DataError
+from homodistil.ranks import Ranks
+
+# b global batch, K lanes, W world size, S shards of n sequences, q = S / K shards of a lane, T tokens
+
+Numbers = NDArray[np.int64]
+
+
+class Stream:
+    """Masked batches of a folder of shards. Raises `ConfigError` or `DataError` where the sizes do not divide."""
+
+    def __init__(self, config: DataConfig, seed: int, ranks: Ranks):
+        self.index = ShardIndex.load(config.shards)
+        self._config, self._seed, self._ranks = config, seed, ranks
+        _check_divisions(config, self.index, ranks.world_size)
+        self._rows = config.global_batch // config.lanes  # of a lane in an update
+        self._lanes = [
+            Lane(config.shards, self.index, lane, config.lanes, seed)
+            for lane in range(ranks.rank, config.lanes, ranks.world_size)
+        ]
+        self._mask = Masker(
+            config.mask_probability,
+            self.index.vocab_size,
+            self.index.special_tokens,
+            self._word_continuations() if config.whole_word else None,
+        )
+
+    def _word_continuations(self) -> NDArray[np.bool_]:
+        return continuation_pieces(self._config.shards / self.index.tokenizer_name, self.index.vocab_size)
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """Global batches in one pass; what remains of a lane, less than an update's rows, is dropped each epoch."""
+        return self.index.sequences("train") // self._config.lanes // self._rows
+
+    def updates(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
+        """(n + 1, this rank's rows of that global batch) for n = start .. stop - 1; all of a rank's rows differ.
+
+        A worker thread keeps `prefetch` updates ready, in pinned memory where there is a GPU; its errors are raised
+        here. Closing the iterator, or leaving its loop, ends the worker.
+        """
+        ready: deque[Future[Batch]] = deque()
+        worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stream")
+        try:
+            for update in range(start, stop):
+                while len(ready) <= self._config.prefetch and update + len(ready) < stop:
+                    ready.append(worker.submit(self._batch, update + len(ready)))
+                yield update + 1, ready.popleft().result()
+        finally:
+            worker.shutdown(wait=True, cancel_futures=True)
+
+    def _batch(self, update: int) -> Batch:
+        """This rank's rows of the global batch after `update` completed updates."""
+        epoch, position = divmod(update, self.updates_per_epoch)
+        shares = [lane.rows(epoch, position * self._rows, self._rows) for lane in self._lanes]
+        sequences, samples = (np.concatenate(parts) for parts in zip(*shares, strict=True))
+        batch = self._mask(sequences, samples, *training_masks(self._seed, epoch))
+        return batch.pin_memory() if torch.cuda.is_available() else batch
+
+    def validation(self, sequences: int, micro_batch: int) -> list[Batch]:
+        """This rank's share of the first held-out sequences (all, if there are fewer), with masks that never change.
+
+        Every rank gets equally many batches of equal sizes, since a sharded model's forwards are collective: a short
+        share is filled up with rows of weight 0. Sums over ranks of weighted scores are those of one rank.
+        """
+        parts = [read_shard(self._config.shards, self.index, entry) for entry in self.index.splits["validation"]]
+        held_out = np.concatenate(parts)[:sequences]
+        rank, world_size = self._ranks.rank, self._ranks.world_size
+        numbers = rank + world_size * np.arange(-(-len(held_out) // world_size))
+        batch = self._mask(held_out[numbers % len(held_out)], numbers % len(held_out), *VALIDATION_MASKS)
+        batch.weights[torch.from_numpy(numbers >= len(held_out))] = 0
+        return list(batch.micro_batches(micro_batch))
+
+
+class Lane:
+    """One of K fixed shares of the corpus: which sequences it supplies at a position of an epoch."""
+
+    def __init__(self, folder: Path, index: ShardIndex, lane: int, lanes: int, seed: int):
+        self._folder, self._index = folder, index
+        self._entries = index.splits["train"]
+        self._lane, self._lanes, self._seed = lane, lanes, seed
+        self._open: tuple[tuple[int, int], Sequences, Numbers] | None = None
+
+    def rows(self, epoch: int, start: int, count: int) -> tuple[Sequences, Numbers]:
+        """The lane's sequences [start, start + count) of an epoch, (count, T), and their numbers in the corpus."""
+        size = self._entries[0].sequences
+        pieces = []
+        while count:
+            ordinal, offset = divmod(start, size)
+            sequences, samples = self._shard(epoch, ordinal)
+            taken = slice(offset, min(offset + count, size))
+            pieces.append((sequences[taken], samples[taken]))
+            start, count = start + len(samples[taken]), count - len(samples[taken])
+        sequences, samples = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+        return sequences, samples
+
+    def _shard(self, epoch: int, ordinal: int) -> tuple[Sequences, Numbers]:
+        """The lane's `ordinal`-th shard of an epoch in that epoch's order; the last one asked for stays open."""
+        if self._open is None or self._open[0] != (epoch, ordinal):
+            shards = permutation(len(self._entries), Purpose.SHARD_ORDER, self._seed, epoch)
+            shard = int(shards[self._lane + ordinal * self._lanes])
+            entry = self._entries[shard]
+            order = permutation(entry.sequences, Purpose.SEQUENCE_ORDER, self._seed, epoch, shard)
+            sequences = read_shard(self._folder, self._index, entry)[order]
+            self._open = (epoch, ordinal), sequences, shard * entry.sequences + order
+        return self._open[1], self._open[2]
+
+
+def _check_divisions(config: DataConfig, index: ShardIndex, world_size: int) -> None:
+    """K divides b, W divides K, K divides S, all shards have n sequences, and a lane has rows for an update."""
+    batch, lanes, entries = config.global_batch, config.lanes, index.splits["train"]
+    workable = [k for k in range(1, batch + 1) if batch % k == 0 and k % world_size == 0 and len(entries) % k == 0]
+    instead = f"Lanes that would work here: {', '.join(map(str, workable)) or 'none'}."
+    if batch % lanes:
+        below, above = batch // lanes * lanes, (batch // lanes + 1) * lanes
+        nearest = " or ".join(str(size) for size in (below, above) if size)
+        raise ConfigError(
+            f"data.lanes = {lanes} does not divide data.global_batch = {batch}. "
+            f"Set data.global_batch to {nearest}, or change data.lanes. {instead}"
+        )
+    if lanes % world_size:
+        raise ConfigError(
+            f"data.lanes = {lanes} cannot be shared equally by {world_size} ranks. "
+            f"Change data.lanes, or start a number of ranks that divides it. {instead}"
+        )
+    if len(entries) % lanes:
+        raise ConfigError(
+            f"data.lanes = {lanes} does not divide the {len(entries)} training shards of {config.shards}. "
+            f"Change data.lanes, or rebuild with --shards {-(-len(entries) // lanes) * lanes}. {instead}"
+        )
+    if len({entry.sequences for entry in entries}) > 1:
+        raise DataError(f"{config.shards}/index.json: training shards differ in size, expected equal. Rebuild them.")
+    if index.sequences("train") < batch:
+        raise DataError(
+            f"{config.shards}: {index.sequences('train')} training sequences cannot fill one update of "
+            f"data.global_batch = {batch}. Lower it, or build shards from more text."
+        )
