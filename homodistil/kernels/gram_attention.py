@@ -15,6 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from homodistil.kernels.precision import at_least_fp32
+
 QueriesKeys = tuple[Tensor, Tensor]
 """Queries and keys of one layer: (B, A, T, head width) each."""
 ScoreDifference = Callable[[QueriesKeys, QueriesKeys, Tensor], Tensor]
@@ -52,14 +54,10 @@ def difference_factors(student: QueriesKeys, teacher: QueriesKeys, valid_BT: Ten
     is small where the models are close. The plain [Q_s, -Q_t], [K_s, K_t] cancels there: 4-18 % off at a gap of 1e-3.
     """
     valid_BT11 = valid_BT[:, None, :, None]
-    (query_s, key_s), (query_t, key_t) = ([_fp32(x) for x in pair] for pair in (student, teacher))
+    (query_s, key_s), (query_t, key_t) = ([at_least_fp32(x) for x in pair] for pair in (student, teacher))
     width = query_s.shape[-1]
     kept_query, lost_query = query_t[..., :width], query_t[..., width:]
     kept_key, lost_key = key_t[..., :width], key_t[..., width:]
     left = torch.cat([query_s - kept_query, kept_query, lost_query], dim=-1)
     right = torch.cat([key_s, key_s - kept_key, -lost_key], dim=-1)
     return left * valid_BT11, right * valid_BT11
-
-
-def _fp32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -12,11 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from homodistil.kernels.gram_attention import QueriesKeys, ScoreDifference
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """`x` in fp32, or as it is where it is finer."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+from homodistil.kernels.precision import at_least_fp32
 
 
 def log_probabilities(logits_BSV: Tensor, temperature: float = 1.0) -> Tensor:

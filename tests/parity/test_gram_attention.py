@@ -1,0 +1,88 @@
+"""The two forms of the attention-score error against score maps written out, sequence by sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from homodistil.kernels.gram_attention import QueriesKeys, direct, gram, prefers_gram
+
+SEQUENCES, HEADS, TOKENS, WIDTH = 3, 2, 19, 8
+FORMS = pytest.mark.parametrize("form", [direct, gram], ids=["direct", "gram"])
+
+
+def _states(width: int, seed: int, dtype: torch.dtype = torch.float64, tokens: int = TOKENS) -> QueriesKeys:
+    random = torch.Generator().manual_seed(seed)
+    shape = (SEQUENCES, HEADS, tokens, width)
+    query, key = (torch.randn(shape, generator=random, dtype=torch.float64).to(dtype) for _ in range(2))
+    return query.requires_grad_(), key.requires_grad_()
+
+
+def _valid(tokens: int = TOKENS) -> Tensor:
+    return (torch.arange(tokens) < torch.tensor([[tokens], [5], [tokens - 6]])).long()
+
+
+def _twin(student: QueriesKeys, teacher: QueriesKeys, valid: Tensor) -> Tensor:
+    """Both score maps of each unpadded sequence, subtracted."""
+    total = torch.zeros((), dtype=student[0].dtype)
+    for row, length in enumerate(valid.sum(dim=1).tolist()):
+        for head in range(HEADS):
+            maps = [query[row, head, :length] @ key[row, head, :length].T for query, key in (student, teacher)]
+            total = total + (maps[0] - maps[1]).pow(2).sum()
+    return total
+
+
+@FORMS
+@pytest.mark.parametrize("width", [WIDTH, 5])
+def test_values_and_gradients_equal_the_written_out_maps_in_fp64(form: Callable[..., Tensor], width: int) -> None:
+    student, teacher = _states(width, seed=0), _states(WIDTH, seed=1)
+    expected = _twin(student, teacher, _valid())
+    found = form(student, teacher, _valid())
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    inputs = (*student, *teacher)
+    for ours, twins in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(ours, twins, rtol=1e-12, atol=1e-10)
+
+
+@FORMS
+def test_fp32_keeps_six_digits_where_student_and_teacher_differ_by_a_thousandth(form: Callable[..., Tensor]) -> None:
+    teacher = _states(32, seed=1, dtype=torch.float32, tokens=128)
+    noise = _states(32, seed=0, dtype=torch.float32, tokens=128)
+    student = (teacher[0] + 1e-3 * noise[0], teacher[1] + 1e-3 * noise[1])
+    exact = _twin(*(tuple(x.double() for x in pair) for pair in (student, teacher)), _valid(128))
+    torch.testing.assert_close(form(student, teacher, _valid(128)).double(), exact, rtol=1e-6, atol=0)
+
+
+@FORMS
+def test_equal_models_have_exactly_no_error_and_no_gradient(form: Callable[..., Tensor]) -> None:
+    student, teacher = (_states(WIDTH, seed=0, dtype=torch.float32) for _ in range(2))
+    loss = form(student, teacher, _valid())
+    assert loss.item() == 0
+    assert all(gradient.count_nonzero() == 0 for gradient in torch.autograd.grad(loss, student))
+
+
+@FORMS
+def test_what_stands_at_padding_does_not_matter(form: Callable[..., Tensor]) -> None:
+    student, teacher = _states(WIDTH, seed=0), _states(WIDTH, seed=1)
+    padding = (_valid() == 0)[:, None, :, None]
+    louder = tuple(x.detach() + 1e3 * padding for x in student)
+    torch.testing.assert_close(form(louder, teacher, _valid()), form(student, teacher, _valid()), rtol=0, atol=0)
+
+
+@FORMS
+def test_bf16_inputs_are_computed_in_fp32_even_under_autocast(form: Callable[..., Tensor]) -> None:
+    student, teacher = (_states(WIDTH, seed=seed, dtype=torch.bfloat16) for seed in (0, 1))
+    exact = _twin(*(tuple(x.double() for x in pair) for pair in (student, teacher)), _valid())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = form(student, teacher, _valid())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
+
+
+def test_the_gram_form_is_preferred_from_four_head_widths_of_tokens_on() -> None:
+    assert not prefers_gram(tokens=4 * 64, student_width=64, teacher_width=64)
+    assert prefers_gram(tokens=4 * 64 + 1, student_width=64, teacher_width=64)
+    assert prefers_gram(tokens=4 * 64, student_width=48, teacher_width=64)
