@@ -8,13 +8,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
 from homodistil.batch import Batch
+from homodistil.data.shards import ShardEntry, ShardIndex, SpecialTokens, write_shard
+from homodistil.data.tokenizer import tokenizer_hash
 
 VOCABULARY = 997
-MASK, FIRST_WORD = 4, 5
+PAD, UNK, CLS, SEP, MASK, FIRST_WORD = range(6)
 
 
 def bert_config(**changes: Any) -> BertConfig:
@@ -75,3 +78,29 @@ def save_tokenizer(directory: Path) -> None:
     """A WordPiece tokenizer whose ids are 0 [PAD], 1 [UNK], 2 [CLS], 3 [SEP], 4 [MASK], then made-up words."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] + [f"w{i}" for i in range(FIRST_WORD, VOCABULARY)]
     BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(directory)
+
+
+def save_shards(directory: Path, shards: int = 4, sequences: int = 12, tokens: int = 24, seed: int = 0) -> ShardIndex:
+    """Shards of random words, low ids far more often than high ones, and a held-out shard; the last row is padded."""
+    random = np.random.default_rng(seed)
+    save_tokenizer(directory / "tokenizer")
+
+    def write(name: str) -> ShardEntry:
+        words = (FIRST_WORD + (VOCABULARY - FIRST_WORD) * random.random((sequences, tokens)) ** 4).astype(np.uint16)
+        words[:, 0], words[:, -1] = CLS, SEP
+        words[-1, tokens // 2 :] = PAD
+        return write_shard(directory / name, [words])
+
+    index = ShardIndex(
+        sequence_length=tokens,
+        dtype="uint16",
+        vocab_size=VOCABULARY,
+        tokenizer_sha256=tokenizer_hash(directory / "tokenizer"),
+        special_tokens=SpecialTokens(pad=PAD, unk=UNK, cls=CLS, sep=SEP, mask=MASK),
+        documents=1,
+        tokens=(shards + 1) * sequences * tokens,
+        sources={},
+        splits={"train": [write(f"train-{i}.tar") for i in range(shards)], "validation": [write("validation.tar")]},
+    )
+    index.save(directory)
+    return index

@@ -1,0 +1,126 @@
+"""Masked language modelling on the held-out split: any Hugging Face directory, and the guess every model must beat.
+
+Text and masks are those of a run's own validation, so that figures compare. Loss and accuracy are measured by
+objective/measures.py; models are loaded and run by stock transformers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForMaskedLM, PreTrainedModel
+
+from homodistil.batch import Batch
+from homodistil.config import DataConfig
+from homodistil.data.shards import ShardIndex, read_shard
+from homodistil.data.stream import Stream
+from homodistil.errors import ModelError
+from homodistil.objective.measures import Measures, measure
+from homodistil.progress import progress_bar
+from homodistil.ranks import Ranks
+from homodistil.signals import Signals
+
+# B sequences, T tokens, S scored slots per sequence, V vocabulary
+
+COUNTED_TOKENS = 20_000_000
+"""Enough text to know how frequent tokens are; larger corpora are sampled, shard by shard."""
+
+
+def evaluate_mlm(
+    model: Path, shards: Path, sequences: int, micro_batch: int, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> dict[str, float]:
+    """`score` of the model in a Hugging Face directory, on up to `sequences` held-out sequences of `shards`.
+
+    On this process alone. Raises `ModelError` for weights that are missing or another vocabulary, `DataError` for
+    the shards.
+    """
+    alone = Ranks(rank=0, world_size=1, local_rank=0, device=_device())
+    # One lane and one sequence an update divide whatever was built; validation asks for neither.
+    stream = Stream(DataConfig(shards=shards, lanes=1, global_batch=1), seed=0, ranks=alone)
+    loaded = load_stock(model, dtype)
+    vocab_size = stream.index.vocab_size
+    if loaded.config.vocab_size != vocab_size:
+        raise ModelError(
+            f"{model}: vocab_size is {loaded.config.vocab_size}, but {shards} was tokenized with {vocab_size} "
+            f"tokens. Build shards with the model's tokenizer: data_prep/build_shards.py --tokenizer {model}."
+        )
+    loaded.to(alone.device)  # type: ignore[arg-type]  # a decorator hides its signature
+    return score(loaded, stream.validation(sequences, micro_batch))
+
+
+def load_stock(directory: Path, dtype: str) -> PreTrainedModel:
+    """The masked language model in a directory, of any architecture, in eval mode. Raises `ModelError`."""
+    try:
+        model, report = AutoModelForMaskedLM.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{directory}: no masked language model to load: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"{directory}: {', '.join(missing)} missing, so its scores would be those of random numbers. "
+            "Expected a checkpoint saved with its masked-language-model head."
+        )
+    return model.eval()
+
+
+@torch.no_grad()
+def score(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, float]:
+    """mlm_loss (nats a scored position), mlm_accuracy, and tokens_per_second of the forward passes."""
+    sums, tokens = [], 0
+    with progress_bar("evaluate", len(batches), "batch") as bar:
+        started = time.perf_counter()
+        for batch in batches:
+            rows = batch.to(model.device)
+            sums.append(measure(_scored(model, rows), None, rows))
+            tokens += batch.input_ids.numel()
+            bar.update()
+        figures = _figures(sums)  # waits for the device, before the clock is read
+        seconds = time.perf_counter() - started
+    return {**figures, "tokens_per_second": tokens / seconds}
+
+
+def unigram(shards: Path, batches: Sequence[Batch]) -> dict[str, float]:
+    """mlm_loss and mlm_accuracy of guessing each token by its frequency in the training split. Raises `DataError`."""
+    guess_V = token_frequencies(shards).log()
+    sums = [measure(_only_logits(guess_V.expand(*batch.labels.shape, -1)), None, batch) for batch in batches]
+    return _figures(sums)
+
+
+def token_frequencies(shards: Path) -> Tensor:
+    """(V,) float64, sums to 1: how often each token comes in the training split, add-one smoothed.
+
+    Special tokens, which are never scored, count as never seen. Raises `DataError`.
+    """
+    index = ShardIndex.load(shards)
+    step = max(1, index.sequences("train") * index.sequence_length // COUNTED_TOKENS)
+    counts_V = np.zeros(index.vocab_size)
+    for entry in index.splits["train"][::step]:
+        counts_V += np.bincount(read_shard(shards, index, entry).ravel(), minlength=index.vocab_size)
+    counts_V[list(index.special_tokens.model_dump().values())] = 0
+    return torch.from_numpy((counts_V + 1) / (counts_V + 1).sum())
+
+
+def _scored(model: PreTrainedModel, batch: Batch) -> Signals:
+    logits_BTV = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    index_BSV = batch.scored_positions.unsqueeze(-1).expand(-1, -1, logits_BTV.shape[-1])
+    return _only_logits(logits_BTV.gather(1, index_BSV))
+
+
+def _only_logits(logits_BSV: Tensor) -> Signals:
+    return Signals(hidden_states=(), queries_keys=(), attention_scale=1.0, logits=logits_BSV)
+
+
+def _figures(sums: Sequence[Tensor]) -> dict[str, float]:
+    measures = Measures.of(torch.stack(list(sums)).sum(dim=0))
+    return {"mlm_loss": measures.student_mlm_loss, "mlm_accuracy": measures.student_mlm_accuracy}
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

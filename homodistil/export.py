@@ -1,0 +1,135 @@
+"""A student as a plain Hugging Face directory: stock `from_pretrained` loads it, and it was tried before it counts.
+
+Owns the directory's contents and the check. How weights reach rank 0 is the engine's affair; which stock config
+expresses a shape, the model family's.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForMaskedLM, PreTrainedModel
+
+from homodistil.config import RunConfig
+from homodistil.data.tokenizer import open_tokenizer
+from homodistil.errors import ModelError
+from homodistil.models.loading import materialise, model_hash, skeleton
+from homodistil.models.shape import StudentShape, Widths
+from homodistil.student import Blueprint
+
+PROVENANCE = "homodistil.json"
+
+CARD = """---
+library_name: transformers
+pipeline_tag: fill-mask
+tags: [distillation, pruning, homodistil]
+---
+# {name}
+
+A masked language model of {millions:.1f} M parameters: {layers} layers, {widths}.
+{origin}
+
+```python
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+model = AutoModelForMaskedLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+
+Weights are fp32. Dropout is the original's, for fine-tuning. `{provenance}` holds the whole configuration of the
+run, the teacher's hash, and which of its units each of these is.
+"""
+
+
+def export_student(
+    weights: Mapping[str, Tensor], blueprint: Blueprint, shape: StudentShape, directory: Path, tokenizer: Path
+) -> Path:
+    """Write `directory`: safetensors, config, tokenizer, model card, homodistil.json. On one rank.
+
+    weights: every parameter once, by its Hugging Face name, fp32, of the student's shape; a tied tensor once. An
+    export already in `directory` is replaced, once the new one has been loaded by stock transformers and found equal.
+    tokenizer: whatever `open_tokenizer` reads. Raises `ShapeError` if no stock config expresses `shape`, `ModelError`
+    if weights and shape do not belong together or `directory` holds something else.
+    """
+    _refuse_to_replace_anything_else(directory)
+    model = _stock_model(weights, blueprint, shape)
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial)
+    open_tokenizer(tokenizer).save_pretrained(partial)
+    (partial / PROVENANCE).write_text(json.dumps(_provenance(blueprint.run, shape), indent=1) + "\n", encoding="utf-8")
+    (partial / "README.md").write_text(_card(directory.name, model, blueprint.run, shape), encoding="utf-8")
+    verify_export(partial, model)
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+    return directory
+
+
+def verify_export(directory: Path, model: PreTrainedModel) -> None:
+    """Load `directory` with stock transformers and compare it with `model`, bit by bit. Raises `ModelError`."""
+    loaded, report = AutoModelForMaskedLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    faults = [f"{kind.replace('_', ' ')}: {sorted(names)}" for kind, names in report.items() if names]
+    expected, found = model.state_dict(), loaded.state_dict()
+    faults += [f"{name} differs" for name in expected if not torch.equal(expected[name], found[name])]
+    if faults:
+        raise ModelError(
+            f"{directory}: stock {type(loaded).__name__} does not load it as it was saved: {'; '.join(faults)}. "
+            "The folder is kept to be looked at; is the installed transformers the one that trained it?"
+        )
+
+
+def _stock_model(weights: Mapping[str, Tensor], blueprint: Blueprint, shape: StudentShape) -> PreTrainedModel:
+    """A plain model with these weights, which scales its attention scores by its own head width."""
+    model = skeleton(blueprint.family.stock_config(blueprint.config, shape.widths))
+    materialise(model)
+    factors = blueprint.family.fold_attention_scale(shape)
+    parameters = dict(model.named_parameters())
+    if faults := sorted(_shapes(parameters) ^ _shapes(weights)):
+        raise ModelError(f"export of {shape.widths}: given weights and a stock model differ in {faults}.")
+    for name, parameter in parameters.items():
+        parameter.data.copy_(weights[name] * factors.get(name, 1.0))
+    return model
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:
+    return {(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def _refuse_to_replace_anything_else(directory: Path) -> None:
+    if directory.exists() and not (directory / PROVENANCE).is_file():
+        raise ModelError(f"{directory}: exists, and is no earlier export: it has no {PROVENANCE}. Move it away.")
+
+
+def _provenance(run: RunConfig, shape: StudentShape) -> dict[str, object]:
+    teacher = run.teacher.path
+    return {
+        "teacher": None if teacher is None else {"path": teacher, "sha256": model_hash(teacher)},
+        "shape": shape.as_dict(),
+        "run": run.model_dump(mode="json"),
+    }
+
+
+def _card(name: str, model: PreTrainedModel, run: RunConfig, shape: StudentShape) -> str:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return CARD.format(
+        name=name,
+        millions=parameters / 1e6,
+        layers=shape.layers,
+        widths=shape.widths,
+        origin=_origin(run, shape.teacher),
+        provenance=PROVENANCE,
+    )
+
+
+def _origin(run: RunConfig, teacher: Widths) -> str:
+    trained = f"for {run.run.updates} updates of {run.data.global_batch} sequences, recipe `{run.recipe}`"
+    if run.teacher.path is None:
+        return f"Trained {trained}."
+    how = "pruned out of" if run.student.init == "teacher" else "distilled from"
+    return f"It was {how} `{Path(run.teacher.path).name}` ({teacher}), {trained}."
