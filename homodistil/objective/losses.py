@@ -15,14 +15,15 @@ from homodistil.kernels.gram_attention import QueriesKeys, ScoreDifference
 from homodistil.kernels.precision import at_least_fp32
 
 
+def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, weights_BS: Tensor) -> Tensor:
+    """Sum over slots of weight * -log p(label), in nats: the masked-language-model loss (Devlin et al. 2019)."""
+    losses = F.cross_entropy(at_least_fp32(logits_BSV).flatten(0, 1), labels_BS.flatten(), reduction="none")
+    return (losses * weights_BS.flatten()).sum()
+
+
 def log_probabilities(logits_BSV: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(z / T) over the vocabulary."""
     return torch.log_softmax(at_least_fp32(logits_BSV) / temperature, dim=-1)
-
-
-def cross_entropy(log_p_BSV: Tensor, labels_BS: Tensor, weights_BS: Tensor) -> Tensor:
-    """Sum over slots of weight * -log p(label), in nats: the masked-language-model loss (Devlin et al. 2019)."""
-    return -(weights_BS * log_p_BSV.gather(-1, labels_BS[..., None]).squeeze(-1)).sum()
 
 
 def divergence(student_log_p_BSV: Tensor, teacher_log_p_BSV: Tensor, weights_BS: Tensor) -> Tensor:

@@ -23,20 +23,18 @@ def measure(student: Signals, teacher: Signals | None, batch: Batch) -> Tensor:
 
     Losses and KL(teacher || student), at temperature 1, in nats. Without a teacher its three entries are NaN.
     """
-    student_log_p = log_probabilities(student.logits)
-    sums = [batch.weights.sum(), *_loss_and_hits(student_log_p, batch)]
+    sums = [batch.weights.sum(), *_loss_and_hits(student.logits, batch)]
     if teacher is None:
         sums += [torch.full_like(sums[0], torch.nan)] * 3
     else:
-        teacher_log_p = log_probabilities(teacher.logits)
-        kl = divergence(student_log_p, teacher_log_p, batch.weights)
-        sums += [*_loss_and_hits(teacher_log_p, batch), kl]
+        student_log_p, teacher_log_p = (log_probabilities(signals.logits) for signals in (student, teacher))
+        sums += [*_loss_and_hits(teacher.logits, batch), divergence(student_log_p, teacher_log_p, batch.weights)]
     return torch.stack([value.double() for value in sums])
 
 
-def _loss_and_hits(log_p_BSV: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    hits = (log_p_BSV.argmax(dim=-1) == batch.labels) * batch.weights
-    return cross_entropy(log_p_BSV, batch.labels, batch.weights), hits.sum()
+def _loss_and_hits(logits_BSV: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    hits = (logits_BSV.argmax(dim=-1) == batch.labels) * batch.weights
+    return cross_entropy(logits_BSV, batch.labels, batch.weights), hits.sum()
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,7 @@ class Objective(nn.Module):
         return Losses(total, {name: value.detach() for name, value in values.items()})
 
     def _mlm(self, student: Signals, batch: Batch, counts: Counts) -> Tensor:
-        log_p = losses.log_probabilities(student.logits)
-        return _over(losses.cross_entropy(log_p, batch.labels, batch.weights), counts.scored)
+        return _over(losses.cross_entropy(student.logits, batch.labels, batch.weights), counts.scored)
 
     def _kl(self, student: Signals, teacher: Signals, batch: Batch, counts: Counts) -> Tensor:
         temperature = self.config.kl.temperature
