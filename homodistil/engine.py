@@ -23,8 +23,8 @@ from homodistil.pruning.coordinator import PrunePlan
 from homodistil.pruning.surgery import sliced
 from homodistil.ranks import Ranks, rendezvous, share_cores
 from homodistil.signals import Knowledge, Signals
-from homodistil.state import Fragment, StudentState
-from homodistil.student import Blueprint, Student, as_tuple
+from homodistil.state import MASTER, Fragment, Range, StudentState
+from homodistil.student import MODEL, Blueprint, Student, as_tuple
 from homodistil.zero import ZeroStudent, collect, release
 
 PATIENCE = timedelta(minutes=60)  # rank 0 may be building shards meanwhile
@@ -133,14 +133,30 @@ class StudentEngine:
         return self._zero.step
 
     @property
-    def gradient_norm(self) -> float | None:
-        """Global norm before clipping, of the last update."""
-        norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+    def gradient_norm(self) -> Tensor | float | None:
+        """Global norm before clipping, of the last update; None before the first."""
+        return self._engine.get_global_grad_norm()
 
     def export(self) -> StudentState:
         """This rank's share of the whole training state, copied."""
         return self._zero.export()
+
+    def replica(self) -> Student:
+        """A whole fp32 student in every rank, outside the engine. Collective."""
+        student = Student.unfilled(self._blueprint, self.shape).to(self._ranks.device)
+        everything = {name: Range(0, shape.numel()) for name, shape in self._zero.shapes.items()}
+        parameters = dict(student.named_parameters())
+        for name, piece in self.export().moved(everything, self._ranks.device):
+            parameters[name].data.copy_(piece.values[MASTER].view(piece.shape))
+        return student
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The model's fp32 masters by their Hugging Face names, whole, on rank 0 alone. Collective: every rank must
+        exhaust it."""
+        layout = {name: Range(0, shape.numel()) for name, shape in self._zero.shapes.items()}
+        for name, piece in self.export().moved(layout if self._ranks.is_first else {}, self._ranks.device):
+            if name.startswith(f"{MODEL}."):
+                yield name.removeprefix(f"{MODEL}."), piece.values[MASTER].view(piece.shape).cpu()
 
     def shrunk(self, plan: PrunePlan) -> StudentEngine:
         """The next engine: weights, masters, moments, buffers, aligners and step narrowed by one plan. This one is

@@ -6,8 +6,9 @@ world size or ZeRO stage; an export moves it to rank 0. Parameter by parameter: 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,20 +82,20 @@ class StudentState:
     def moved(self, layout: Layout, device: torch.device) -> Iterator[tuple[str, Piece]]:
         """Hand every parameter to its new owners: yields this rank's pieces under `layout`, one parameter at a
         time. Collective: every rank must call this and exhaust it."""
-        layouts: list[tuple[Layout, Layout, list[str]]] = [None] * dist.get_world_size()  # type: ignore[list-item]
-        kinds = sorted({kind for piece in self.pieces.values() for kind in piece.values})
-        dist.all_gather_object(layouts, (self.layout, dict(layout), kinds))
-        kinds = sorted({kind for _, _, kinds in layouts for kind in kinds})
+        kept = {name: tuple(piece.values) for name, piece in self.pieces.items()}
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, (self.layout, dict(layout), kept))
         for name, shape in self.shapes.items():
-            old = [before.get(name, Range(0, 0)) for before, _, _ in layouts]
-            new = [after.get(name, Range(0, 0)) for _, after, _ in layouts]
+            old = [before.get(name, Range(0, 0)) for before, _, _ in ranks]
+            new = [after.get(name, Range(0, 0)) for _, after, _ in ranks]
+            kinds = next(kinds[name] for _, _, kinds in ranks if name in kinds)
             values = _exchange(self.pieces.get(name), old, new, kinds, device)
             if name in layout:
                 yield name, Piece(shape, layout[name].start, values)
 
 
 def _exchange(
-    piece: Piece | None, old: list[Range], new: list[Range], kinds: list[str], device: torch.device
+    piece: Piece | None, old: list[Range], new: list[Range], kinds: Sequence[str], device: torch.device
 ) -> dict[str, Tensor]:
     """One parameter's elements from their old owners to their new ones, only the bytes that each needs."""
     rank, width = dist.get_rank(), len(kinds)
@@ -111,12 +112,8 @@ def _exchange(
     return {kind: rows[i] for i, kind in enumerate(kinds)}
 
 
-def _block(piece: Piece | None, part: Range, kinds: list[str]) -> Tensor:
+def _block(piece: Piece | None, part: Range, kinds: Sequence[str]) -> Tensor:
     assert piece is not None, "a rank sends only what it owns"
     start = part.start - piece.start
     return torch.cat([piece.values[kind][start : start + part.numel] for kind in kinds])
 
-
-def owned_by_first(shapes: Iterable[tuple[str, torch.Size]], rank: int) -> Layout:
-    """The layout of an export: rank 0 owns everything, the others nothing."""
-    return {name: Range(0, shape.numel()) for name, shape in shapes} if rank == 0 else {}

@@ -16,7 +16,7 @@ from homodistil.config import RunConfig
 from homodistil.knowledge.aligners import build_aligners, hidden_members
 from homodistil.models.base import ModelFamily
 from homodistil.models.groups import PrunableGroup, kept_positions
-from homodistil.models.loading import skeleton
+from homodistil.models.loading import materialise, skeleton
 from homodistil.models.shape import HIDDEN, StudentShape
 from homodistil.objective.measures import measure
 from homodistil.objective.objective import Objective
@@ -64,6 +64,7 @@ class Student(nn.Module):
         model = skeleton(blueprint.config, blueprint.attention)
         full = blueprint.full_shape
         narrow(model, kept_positions(blueprint.family.groups(full), shape.kept))
+        materialise(model)
         return cls(model, blueprint, shape)
 
     @property

@@ -159,7 +159,7 @@ class _FlatPartition:
 
     def view(self, parameter: nn.Parameter, kind: str) -> Tensor:
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-        return mapping.hp_fragment if kind == MASTER else mapping.get_optim_state_fragment(kind)
+        return (mapping.hp_fragment if kind == MASTER else mapping.get_optim_state_fragment(kind)).detach()
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         index = parameter._index_in_param_group  # type: ignore[attr-defined]
@@ -194,7 +194,7 @@ class _ParameterPartition:
             part = safe_get_local_fp32_param(parameter)
         else:
             part = safe_get_local_optimizer_state(parameter, kind)
-        return part[: self.owned(parameter).numel]
+        return part.detach()[: self.owned(parameter).numel]
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         return safe_get_local_grad(parameter).flatten()[: self.owned(parameter).numel].float()

@@ -1,0 +1,141 @@
+"""Opening a run: what must exist first (shards, a teacher), what must fit together, and the first engines.
+
+Everything that can be refused is refused here, before the training starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from homodistil.config import RunConfig
+from homodistil.data.build import build_shards
+from homodistil.data.shards import ShardIndex
+from homodistil.ds_config import DeepSpeedConfig
+from homodistil.engine import StudentEngine, TeacherEngine
+from homodistil.errors import ConfigError, ModelError
+from homodistil.models import family_of
+from homodistil.models.attention import attention_implementation
+from homodistil.models.base import ModelFamily
+from homodistil.models.loading import load_config, load_model, new_config, random_model
+from homodistil.models.shape import StudentShape, Widths
+from homodistil.pruning.ladder import Ladder
+from homodistil.ranks import Ranks
+from homodistil.student import Blueprint
+
+
+def provide_shards(run: RunConfig, ranks: Ranks) -> ShardIndex:
+    """The index of `data.shards`, building them from `data.source` first if they do not exist. Collective."""
+    data = run.data
+    if data.source and not (data.shards / "index.json").is_file():
+        source = data.source
+        ranks.once(lambda: build_shards(source, data.shards, shards=data.lanes, progress=True))
+    return ShardIndex.load(data.shards)
+
+
+def provide_teacher(run: RunConfig, ranks: Ranks, train: Callable[[RunConfig], object]) -> None:
+    """Train `teacher.recipe` first if `teacher.path` does not exist and a recipe is given. Collective."""
+    config = run.teacher
+    if config.path is None or config.recipe is None or ranks.broadcast(Path(config.path).exists()):
+        return
+    recipe = RunConfig.load(config.recipe, {"data": run.data.model_dump(include={"shards", "source", "lanes"})})
+    made = recipe.run.path / "student"
+    if made != Path(config.path):
+        raise ConfigError(f"teacher.path {config.path}: recipe {config.recipe} would leave its model in {made}.")
+    train(recipe)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that was found sound: its original model's config, its shapes, its ladder."""
+
+    run: RunConfig
+    index: ShardIndex
+    blueprint: Blueprint
+    start: StudentShape
+    ladder: Ladder
+
+    @property
+    def family(self) -> ModelFamily:
+        return self.blueprint.family
+
+    @property
+    def tokens_per_update(self) -> int:
+        return self.run.data.global_batch * self.index.sequence_length
+
+    @property
+    def target(self) -> Widths:
+        return self.ladder.rungs[-1].widths if self.ladder.rungs else self.start.widths
+
+
+def plan_run(run: RunConfig, index: ShardIndex) -> Plan:
+    """Check that data, teacher and target shape belong together. Raises the error to act on."""
+    config = _original_config(run, index)
+    _check_positions(run, config, index)
+    _check_vocabulary(run, config, index)
+    family = family_of(config)
+    attention = attention_implementation(run.performance.attention)
+    blueprint = Blueprint(family, config, run, attention)
+    full = blueprint.full_shape
+    ladder = Ladder.plan(run.pruning, run.run.updates, full.widths)
+    if ladder.rungs:
+        family.stock_config(config, ladder.rungs[-1].widths)  # refuses what cannot be exported
+    if run.student.init == "random" and run.teacher.path and ladder.rungs:
+        return Plan(run, index, blueprint, full.first(ladder.rungs[-1].widths), Ladder(()))
+    return Plan(run, index, blueprint, full, ladder)
+
+
+def open_teacher(plan: Plan, ds_config: DeepSpeedConfig, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> TeacherEngine | None:
+    """The frozen engine beside the student's, or None for plain training. Collective."""
+    config = plan.run.teacher
+    if config.path is None:
+        return None
+    model = load_model(config.path, ds_config.dtype, plan.blueprint.attention)
+    sharding = ranks.default_sharding if config.sharding == "auto" else config.sharding
+    settings = teacher_ds.resolved(plan.run, ranks.world_size) if sharding == "zero3" else None
+    return TeacherEngine(model, plan.family, ranks, settings)
+
+
+def open_student(plan: Plan, ds_config: DeepSpeedConfig, ranks: Ranks) -> StudentEngine:
+    """The student as it is before the first update. Collective."""
+    settings = ds_config.resolved(plan.run, ranks.world_size)
+    return StudentEngine.build(plan.blueprint, settings, ranks, model=_first_model(plan), shape=plan.start)
+
+
+def _first_model(plan: Plan) -> PreTrainedModel:
+    run, attention = plan.run, plan.blueprint.attention
+    if run.teacher.path is None:
+        return random_model(plan.blueprint.config, run.run.seed, attention)
+    if run.student.init == "teacher":
+        return load_model(run.teacher.path, torch.float32, attention)
+    stock = plan.family.stock_config(plan.blueprint.config, plan.start.widths)
+    return random_model(stock, run.run.seed, attention)
+
+
+def _original_config(run: RunConfig, index: ShardIndex) -> PretrainedConfig:
+    if run.teacher.path is None:
+        return new_config(run.student.config, index.vocab_size)
+    return load_config(run.teacher.path)
+
+
+def _check_positions(run: RunConfig, config: PretrainedConfig, index: ShardIndex) -> None:
+    limit = config.max_position_embeddings
+    if index.sequence_length > limit:
+        raise ConfigError(
+            f"data.shards {run.data.shards}: sequences of {index.sequence_length} tokens, but the model has "
+            f"{limit} positions. Build shards with --sequence_length {limit} or less."
+        )
+
+
+def _check_vocabulary(run: RunConfig, config: PretrainedConfig, index: ShardIndex) -> None:
+    if config.vocab_size != index.vocab_size:
+        raise ConfigError(
+            f"data.shards {run.data.shards}: tokenized with a vocabulary of {index.vocab_size}, but "
+            f"{run.teacher.path or 'student.config'} has {config.vocab_size}. Build shards with the model's own "
+            f"tokenizer: data_prep/build_shards.py --tokenizer {run.teacher.path or 'DIR'}."
+        )

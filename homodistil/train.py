@@ -1,0 +1,79 @@
+"""The story of a run, on one page: a student starts as its teacher and is narrowed while it is distilled."""
+
+from __future__ import annotations
+
+import time
+
+from homodistil.batch import Batch
+from homodistil.closing import finish
+from homodistil.config import RunConfig
+from homodistil.data.stream import Stream
+from homodistil.ds_config import DeepSpeedConfig
+from homodistil.engine import StudentEngine, TeacherEngine, start_ranks
+from homodistil.forecast import show_forecast
+from homodistil.metrics import Metrics
+from homodistil.objective.measures import Measures
+from homodistil.opening import Plan, open_student, open_teacher, plan_run, provide_shards, provide_teacher
+from homodistil.pruning.coordinator import PrunePlan, PruningCoordinator
+from homodistil.ranks import Ranks
+from homodistil.schedule import learning_rate
+from homodistil.summary import RunSummary
+
+
+def pretrain(run: RunConfig, ds_config: DeepSpeedConfig, teacher_ds_config: DeepSpeedConfig, dry_run: bool) -> RunSummary | None:
+    """What `launchers/pretrain.py` does: provide what is missing, check everything, then train. Collective."""
+    ranks = start_ranks()
+    index = provide_shards(run, ranks)
+    provide_teacher(run, ranks, lambda recipe: train(plan_run(recipe, index), ds_config, teacher_ds_config, ranks))
+    plan = plan_run(run, index)
+    if dry_run:
+        return show_forecast(plan, ds_config, ranks)
+    return train(plan, ds_config, teacher_ds_config, ranks)
+
+
+def train(plan: Plan, ds_config: DeepSpeedConfig, teacher_ds_config: DeepSpeedConfig, ranks: Ranks) -> RunSummary:
+    """Shrink a student out of its teacher while distilling it; without a teacher, plain training. Collective."""
+    run = plan.run
+    stream = Stream(run.data, run.run.seed, ranks)
+    teacher = open_teacher(plan, ds_config, teacher_ds_config, ranks)
+    student = open_student(plan, ds_config, ranks)
+    pruner = PruningCoordinator(run.pruning, plan.ladder, student.groups, ranks, run.run.seed)
+    held_out = stream.validation(run.validation.sequences, run.data.micro_batch)
+
+    with Metrics(run, ranks) as metrics:
+        metrics.shape(0, vars(student.shape.widths), student.parameters)
+        for update, batch in stream.updates(start=student.step, stop=run.run.updates):
+            losses = student.accumulate(batch, teacher)  # forward and backward, micro-batches inside
+            pruner.observe(student.fragments())  # |w * g|, on this rank's shards only
+            rate = learning_rate(run.optimizer, update, run.run.updates)
+            student.update(rate)
+            if prune := pruner.plan(update):  # collective: one plan, agreed by all
+                student = shrink(student, prune, batch.rows(0, run.data.micro_batch), teacher, metrics)
+                pruner.rebase(student.groups)
+            metrics.record(update, losses, plan.tokens_per_update, rate, student.gradient_norm)
+            if update % run.validation.every == 0 or update == run.run.updates:
+                validation = validate(update, student, held_out, teacher, metrics)
+    return finish(plan, student, teacher, validation, metrics, ranks)
+
+
+def validate(
+    update: int, student: StudentEngine, held_out: list[Batch], teacher: TeacherEngine | None, metrics: Metrics
+) -> Measures:
+    """Teacher and student on the held-out text, logged; it does not count against the throughput. Collective."""
+    with metrics.paused():
+        measures = student.validate(held_out, teacher)
+    metrics.validation(update, vars(measures))
+    return measures
+
+
+def shrink(
+    student: StudentEngine, plan: PrunePlan, probe: Batch, teacher: TeacherEngine | None, metrics: Metrics
+) -> StudentEngine:
+    """The narrower student; the jump in KL that the prune alone caused, on one batch, is logged. Collective."""
+    started = time.perf_counter()
+    before = student.validate([probe], teacher)
+    student = student.shrunk(plan)
+    after, seconds = student.validate([probe], teacher), time.perf_counter() - started
+    if before.kl is not None and after.kl is not None:
+        metrics.pruned(plan.update, vars(plan.widths), student.parameters, before.kl, after.kl, seconds)
+    return student
