@@ -1,0 +1,93 @@
+"""Recipes: all load, all lead to models that stock transformers expresses, and the published numbers stand in them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from homodistil.config import RunConfig
+from homodistil.models.shape import Widths
+from homodistil.pruning.ladder import Ladder
+from homodistil.recipe import RECIPES, recipe_names
+
+BERT_BASE = Widths(hidden=768, ffn=3072, heads=12, head_width=64)
+TEACHERS = {
+    "minilm_real": Widths(hidden=384, ffn=1536, heads=12, head_width=32),
+    **{f"homobert_{size}": BERT_BASE for size in ("base", "small", "xsmall", "tiny")},
+}
+HOMOBERTS = [name for name in recipe_names() if name.startswith("homobert_")]
+PUBLISHED_MILLIONS = {"homobert_base": 65, "homobert_small": 17.3, "homobert_xsmall": 15.6, "homobert_tiny": 14.1}
+VOCABULARY = 30522
+
+
+def trained_from_nothing(name: str) -> Widths:
+    config = RunConfig.load(name).student.config
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    return Widths(hidden, config["intermediate_size"], heads, hidden // heads)
+
+
+def ladder(name: str) -> Ladder:
+    run = RunConfig.load(name)
+    assert run.teacher.path
+    start = trained_from_nothing(run.teacher.recipe) if run.teacher.recipe else TEACHERS[name]
+    return Ladder.plan(run.pruning, run.run.updates, start)
+
+
+def parameters(target: Widths) -> int:
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=target.hidden,
+        num_attention_heads=target.heads,
+        intermediate_size=target.ffn,
+    )
+    with torch.device("meta"):
+        return BertForMaskedLM(config).num_parameters()
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_explains_every_line_that_sets_a_value(name: str) -> None:
+    lines = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("#")
+    values = [line for line in lines if ": " in line and not line.startswith("#")]
+    assert sum("#" in line for line in values) > len(values) / 2
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if RunConfig.load(name).teacher.path])
+def test_a_recipe_ends_at_a_shape_that_stock_transformers_expresses(name: str) -> None:
+    assert ladder(name).rungs[-1].widths.is_stock
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if RunConfig.load(name).teacher.recipe])
+def test_a_teacher_made_on_the_way_is_left_where_the_recipe_looks_for_it(name: str) -> None:
+    teacher = RunConfig.load(name).teacher
+    made = RunConfig.load(str(teacher.recipe))
+    assert str(made.run.path / "student") == teacher.path
+    assert made.teacher.path is None
+    assert made.data.shards == RunConfig.load(name).data.shards
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_lanes_and_micro_batches_divide_the_global_batch_on_one_and_two_ranks(name: str) -> None:
+    data = RunConfig.load(name).data
+    assert data.global_batch % data.lanes == 0 and data.lanes % 2 == 0
+    assert data.global_batch % (2 * data.micro_batch) == 0
+
+
+@pytest.mark.parametrize("name", HOMOBERTS)
+def test_a_homobert_has_the_published_settings(name: str) -> None:
+    run = RunConfig.load(name)
+    assert (run.run.updates, run.data.global_batch) == (28_000, 4096)
+    assert (run.optimizer.betas, run.optimizer.eps, run.optimizer.schedule) == ((0.9, 0.999), 1e-6, "linear")
+    assert run.optimizer.learning_rate == (3e-4 if name == "homobert_base" else 6e-4)
+    assert (run.pruning.metric, run.pruning.schedule) == ("sensitivity", "cubic")
+
+
+@pytest.mark.parametrize("name", HOMOBERTS)
+def test_a_homobert_has_the_published_size(name: str) -> None:
+    """The paper counts word embeddings and encoder; the MLM head and positions make the few per cent more."""
+    millions = parameters(ladder(name).rungs[-1].widths) / 1e6
+    assert math.isclose(millions, PUBLISHED_MILLIONS[name], rel_tol=0.02)
+    assert millions > PUBLISHED_MILLIONS[name]
