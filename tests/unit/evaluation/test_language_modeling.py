@@ -22,6 +22,8 @@ from homodistil.evaluation.language_modeling import evaluate_mlm, token_frequenc
 from homodistil.ranks import Ranks
 from tests.fixtures import FIRST_WORD, VOCABULARY, batch, save_bert, save_shards
 
+ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -39,9 +41,7 @@ def test_scores_are_those_of_each_unpadded_sequence_alone(shards: Path, model: P
     scores = evaluate_mlm(model, shards, sequences=7, micro_batch=3)
 
     stock = AutoModelForMaskedLM.from_pretrained(model, dtype=torch.float32).eval()
-    stream = Stream(
-        DataConfig(shards=shards, lanes=4, global_batch=8), seed=5, ranks=Ranks(0, 1, 0, torch.device("cpu"))
-    )
+    stream = Stream(DataConfig(shards=shards, lanes=4, global_batch=8), seed=5, ranks=ALONE)
     (rows,) = stream.validation(7, 100)
     losses, hits = [], []
     for row in range(7):
@@ -95,9 +95,7 @@ def test_the_unigram_guess_is_scored_at_weighted_slots_only(shards: Path) -> Non
 
 
 def test_a_guess_from_the_text_beats_an_untrained_model(shards: Path, model: Path) -> None:
-    stream = Stream(
-        DataConfig(shards=shards, lanes=4, global_batch=8), seed=0, ranks=Ranks(0, 1, 0, torch.device("cpu"))
-    )
+    stream = Stream(DataConfig(shards=shards, lanes=4, global_batch=8), seed=0, ranks=ALONE)
     held_out = stream.validation(12, 4)
     assert unigram(shards, held_out)["mlm_loss"] < evaluate_mlm(model, shards, 12, 4)["mlm_loss"] - 0.3
 
