@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from homodistil.summary import HEADINGS, RunSummary
 
 KL, JUMP = "validation/kl", "pruning/prune_jump"
-DISCREPANCY, HIDDEN, FFN = "#b5446e", "#2d6a8e", "#7aa095"
+DISCREPANCY, PRUNE, WIDTH = "#b5446e", "#999999", "#2d6a8e"
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -97,20 +97,20 @@ def _draw_discrepancy(axes: Axes, curves: dict[str, Curve]) -> None:
             curves[KL].updates, curves[KL].values, "o-", color=DISCREPANCY, label="KL(teacher || student), held out"
         )
     if JUMP in curves:
-        axes.vlines(
-            curves[JUMP].updates, 0, curves[JUMP].values, color="#999999", label="jump at a prune, training batch"
-        )
+        axes.vlines(curves[JUMP].updates, 0, curves[JUMP].values, color=PRUNE, label="jump at a prune, training batch")
 
 
 def _draw_ladder(axes: Axes, curves: dict[str, Curve]) -> None:
     axes.set_ylabel("width / first")
     last = max((curve.updates[-1] for curve in curves.values()), default=0)
-    for name, color in (("hidden", HIDDEN), ("ffn", FFN)):
+    for name, style in (("hidden", "-"), ("ffn", ":")):  # both show where both fall alike
         if curve := curves.get(f"shape/{name}"):
             first, final = curve.values[0], curve.values[-1]
             relative = [value / first for value in [*curve.values, final]]
             label = f"{name} {first:.0f} to {final:.0f}"
-            axes.step([*curve.updates, last], relative, where="post", color=color, label=label)
+            axes.step(
+                [*curve.updates, last], relative, where="post", color=WIDTH, linestyle=style, linewidth=2, label=label
+            )
     axes.set_ylim(bottom=0)
 
 
@@ -129,7 +129,8 @@ def _page(name: str, summary: RunSummary, image: bytes) -> str:
         title=escape(name),
         summary=escape(
             f"Recipe {summary.recipe}: {summary.steps:,} updates and {summary.prunes} prunes in "
-            f"{summary.seconds:,.0f} s on {summary.world_size} rank(s), ZeRO-{summary.zero_stage}, seed {summary.seed}. Student: {widths}."
+            f"{summary.seconds:,.0f} s on {summary.world_size} rank(s), ZeRO-{summary.zero_stage}, "
+            f"seed {summary.seed}. Student: {widths}."
         ),
         headings="".join(f"<th>{heading}</th>" for heading in HEADINGS),
         rows="".join(f"<tr>{row}</tr>" for row in rows),
