@@ -16,6 +16,8 @@ from pydantic_settings import CliImplicitFlag
 
 from homodistil.arguments import parse
 from homodistil.config import RunConfig, Section
+from homodistil.data import commands
+from homodistil.data.commands import BuildShards, TrainTokenizer, VerifyShards
 from homodistil.errors import ConfigError, DataError, DivergenceError, HomodistilError, nearest
 from homodistil.recipe import explain
 
@@ -94,7 +96,28 @@ def evaluate(arguments: Sequence[str]) -> None:
         print(f"{name:24} {value:.4f}")
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"pretrain": pretrain, "evaluate": evaluate}
+def build_shards(arguments: Sequence[str]) -> None:
+    """Turn text into shards of packed sequences."""
+    commands.build_shards(_checked(BuildShards, parse(BuildShards, "homodistil build-shards", arguments)))
+
+
+def train_tokenizer(arguments: Sequence[str]) -> None:
+    """Train a WordPiece tokenizer on text."""
+    commands.train_tokenizer(_checked(TrainTokenizer, parse(TrainTokenizer, "homodistil train-tokenizer", arguments)))
+
+
+def verify_shards(arguments: Sequence[str]) -> None:
+    """Compare shards with their index."""
+    commands.verify_shards(_checked(VerifyShards, parse(VerifyShards, "homodistil verify-shards", arguments)))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "pretrain": pretrain,
+    "evaluate": evaluate,
+    "build-shards": build_shards,
+    "train-tokenizer": train_tokenizer,
+    "verify-shards": verify_shards,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

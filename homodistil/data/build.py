@@ -58,14 +58,20 @@ def build_shards(
     """
     sources = [source] if isinstance(source, str) else source
     with _appearing_whole(output) as folder:
-        opened = open_tokenizer(tokenizer) if tokenizer else None
-        if opened is None:
+        if tokenizer is None:
             text = tokenizer_text(sources, max_tokens=max_tokens, seed=seed)
             opened = train_tokenizer(text, vocab_size, progress=progress)
+        else:
+            opened = open_tokenizer(tokenizer)
         scratch = folder / "ids.scratch"
         corpus = Corpus.encode(documents(sources), opened, scratch, max_tokens=max_tokens, progress=progress)
-        splits = _split(corpus, _special_tokens(opened), sequence_length, shards, seed, ", ".join(sources))
-        index = _write(folder, corpus, splits, opened, sequence_length, shards, seed, progress)
+        train, held_out = _split(corpus, SpecialTokens.of(opened), sequence_length, seed)
+        _check_enough(train, held_out, shards, corpus, ", ".join(sources))
+        index = _describe(corpus, opened, sequence_length)
+        index.splits["train"] = _deal(folder, "train", train, shards, seed, progress)
+        index.splits["validation"] = _deal(folder, "validation", held_out, 1, seed, progress)
+        opened.save_pretrained(folder / index.tokenizer_name)
+        index.save(folder)
         scratch.unlink()
     return index
 
@@ -108,37 +114,10 @@ def tokenizer_text(sources: list[str], *, max_tokens: int | None = None, seed: i
     return [text for _, text in kept]
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> SpecialTokens:
-    return SpecialTokens(
-        pad=tokenizer.pad_token_id,
-        cls=tokenizer.cls_token_id,
-        sep=tokenizer.sep_token_id,
-        mask=tokenizer.mask_token_id,
-        unk=tokenizer.unk_token_id,
-    )
-
-
-def _split(
-    corpus: Corpus, special: SpecialTokens, length: int, shards: int, seed: int, source: str
-) -> dict[str, PackedSequences]:
-    """Training and held-out sequences. Raises `DataError` if there is too little text for either."""
+def _split(corpus: Corpus, special: SpecialTokens, length: int, seed: int) -> tuple[PackedSequences, PackedSequences]:
+    """Training and held-out sequences."""
     held_out = _held_out(corpus.lengths, length, seed)
-    splits = {
-        "train": PackedSequences(corpus, ~held_out, length, special),
-        "validation": PackedSequences(corpus, held_out, length, special),
-    }
-    found = f"source {source}: {len(corpus.lengths)} documents with {len(corpus.ids)} tokens"
-    if not len(splits["validation"]):
-        raise DataError(
-            f"{found} leave no held-out sequence of {length} tokens, since whole documents are held out. "
-            "Give at least two longer documents (a `= Title =` line starts one), or a smaller --sequence_length."
-        )
-    if len(splits["train"]) < shards:
-        raise DataError(
-            f"{found} give {len(splits['train'])} training sequences of {length}, fewer than --shards {shards}. "
-            f"Give more text, at most --shards {max(len(splits['train']), 1)}, or a smaller --sequence_length."
-        )
-    return splits
+    return PackedSequences(corpus, ~held_out, length, special), PackedSequences(corpus, held_out, length, special)
 
 
 def _held_out(lengths: NDArray[np.int64], length: int, seed: int) -> NDArray[np.bool_]:
@@ -152,34 +131,34 @@ def _held_out(lengths: NDArray[np.int64], length: int, seed: int) -> NDArray[np.
     return chosen
 
 
-def _write(
-    folder: Path,
-    corpus: Corpus,
-    splits: dict[str, PackedSequences],
-    tokenizer: PreTrainedTokenizerFast,
-    length: int,
-    shards: int,
-    seed: int,
-    progress: bool,
-) -> ShardIndex:
-    """Shards, tokenizer and index."""
-    index = ShardIndex(
+def _check_enough(train: PackedSequences, held_out: PackedSequences, shards: int, corpus: Corpus, source: str) -> None:
+    """Raise `DataError` unless every shard and the held-out split get a sequence."""
+    found = f"source {source}: {len(corpus.lengths)} documents with {len(corpus.ids)} tokens"
+    if not len(held_out):
+        raise DataError(
+            f"{found} leave no held-out sequence, since whole documents are held out. "
+            "Give at least two longer documents (a `= Title =` line starts one), or a smaller --sequence_length."
+        )
+    if len(train) < shards:
+        raise DataError(
+            f"{found} give {len(train)} training sequences, fewer than --shards {shards}. "
+            f"Give more text, at most --shards {max(len(train), 1)}, or a smaller --sequence_length."
+        )
+
+
+def _describe(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, length: int) -> ShardIndex:
+    """The index, before any shard is written."""
+    return ShardIndex(
         sequence_length=length,
         dtype="uint16" if corpus.ids.dtype == np.uint16 else "uint32",
         vocab_size=len(tokenizer),
         tokenizer_sha256=vocabulary_hash(tokenizer),
-        special_tokens=_special_tokens(tokenizer),
+        special_tokens=SpecialTokens.of(tokenizer),
         documents=len(corpus.lengths),
         tokens=sum(count.tokens for count in corpus.sources.values()),
         sources=corpus.sources,
-        splits={
-            "train": _deal(folder, "train", splits["train"], shards, seed, progress),
-            "validation": _deal(folder, "validation", splits["validation"], 1, seed, progress),
-        },
+        splits={},
     )
-    tokenizer.save_pretrained(folder / index.tokenizer_name)
-    index.save(folder)
-    return index
 
 
 def _deal(

@@ -16,6 +16,7 @@ import webdataset as wds
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from homodistil.data.tokenizer import tokenizer_hash
 from homodistil.errors import DataError
@@ -23,6 +24,7 @@ from homodistil.errors import DataError
 FORMAT_VERSION = 1
 SEQUENCES_PER_MEMBER = 512
 BUILD_COMMAND = "python data_prep/build_shards.py --source <text> --output"
+VERIFY = "Find damaged shards with: python data_prep/verify_shards.py --shards"
 
 Split = Literal["train", "validation"]
 Sequences = NDArray[np.unsignedinteger]
@@ -52,6 +54,11 @@ class SpecialTokens(BaseModel):
     sep: int
     mask: int
     unk: int
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerFast) -> SpecialTokens:
+        """Of a tokenizer that has them all, as `open_tokenizer` ensures."""
+        return cls(**{name: getattr(tokenizer, f"{name}_token_id") for name in cls.model_fields})
 
 
 class ShardIndex(BaseModel):
@@ -140,9 +147,6 @@ def read_shard(folder: Path, index: ShardIndex, entry: ShardEntry) -> Sequences:
             f"{VERIFY} {folder}"
         )
     return block
-
-
-VERIFY = "Find damaged shards with: python data_prep/verify_shards.py"
 
 
 def verify(folder: Path, *, progress: bool = False) -> ShardIndex:

@@ -64,7 +64,7 @@ class Stream:
         here. Closing the iterator, or leaving its loop, ends the worker.
         """
         ready: deque[Future[Batch]] = deque()
-        worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stream")
+        worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stream", initializer=self._use_device)
         try:
             for update in range(start, stop):
                 while len(ready) <= self._config.prefetch and update + len(ready) < stop:
@@ -73,13 +73,18 @@ class Stream:
         finally:
             worker.shutdown(wait=True, cancel_futures=True)
 
+    def _use_device(self) -> None:
+        """A thread's pinned memory belongs to its current GPU, which starts as the first one."""
+        if self._ranks.device.type == "cuda":
+            torch.cuda.set_device(self._ranks.device)
+
     def _batch(self, update: int) -> Batch:
         """This rank's rows of the global batch after `update` completed updates."""
         epoch, position = divmod(update, self.updates_per_epoch)
         shares = [lane.rows(epoch, position * self._rows, self._rows) for lane in self._lanes]
         sequences, samples = (np.concatenate(parts) for parts in zip(*shares, strict=True))
         batch = self._mask(sequences, samples, *training_masks(self._seed, epoch))
-        return batch.pin_memory() if torch.cuda.is_available() else batch
+        return batch.pin_memory() if self._ranks.device.type == "cuda" else batch
 
     def validation(self, sequences: int, micro_batch: int) -> list[Batch]:
         """This rank's share of the first held-out sequences (all, if there are fewer), with masks that never change.

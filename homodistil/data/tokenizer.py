@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,14 +50,32 @@ def _open(path: Path) -> PreTrainedTokenizerBase:
     return _wrap(_word_piece(vocabulary, lowercase=not cased))
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, *, progress: bool = False) -> PreTrainedTokenizerFast:
-    """An uncased WordPiece tokenizer of at most `vocab_size` pieces, special tokens first."""
+def train_tokenizer(texts: Sequence[str], vocab_size: int, *, progress: bool = False) -> PreTrainedTokenizerFast:
+    """An uncased WordPiece tokenizer of about `vocab_size` pieces, special tokens first; the same for the same text.
+
+    The library numbers the continuations of characters in the order of a randomly seeded hash map, and breaks ties by
+    number: one text would give many vocabularies. Given as special tokens, they are numbered in our order instead.
+    """
     tokenizer = _word_piece({}, lowercase=True)
+    alphabet = _alphabet(tokenizer, texts, max(64, vocab_size // 32))
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL, limit_alphabet=500, show_progress=progress
+        vocab_size=vocab_size,
+        special_tokens=[*SPECIAL, *(CONTINUATION + character for character in alphabet)],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=progress,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return _wrap(_word_piece(tokenizer.get_vocab(), lowercase=True))
+
+
+def _alphabet(tokenizer: Tokenizer, texts: Iterable[str], size: int) -> list[str]:
+    """The most frequent characters of the normalised text, in code order."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(tokenizer.normalizer.normalize_str(text))
+    visible = (character for character in counts if not character.isspace())
+    return sorted(sorted(visible, key=lambda character: (-counts[character], character))[:size])
 
 
 def _word_piece(vocabulary: dict[str, int], *, lowercase: bool) -> Tokenizer:
