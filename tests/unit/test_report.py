@@ -45,7 +45,7 @@ def test_the_figure_draws_the_logged_points(run: Path) -> None:
     assert curves["loss/total"].updates == [10]  # the other was not finite
     top, middle, bottom = draw(curves).axes
     assert np.array_equal(top.lines[0].get_xydata(), [[20, 0.625]])
-    assert np.array_equal(middle.lines[0].get_xydata(), [[0, 1], [10, 48 / 72], [20, 48 / 72]])
+    assert np.array_equal(middle.lines[0].get_xydata(), np.array([[0, 1], [10, 48 / 72], [20, 48 / 72]]))
     assert [line.get_label() for line in bottom.lines] == ["mlm", "kl"]
 
 
