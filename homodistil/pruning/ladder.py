@@ -102,9 +102,10 @@ def _fires_after(power: int, rung: int, events: int, first: int, last: int) -> i
 
 def _rung_widths(config: PruningConfig, start: Widths, target: Widths, rung: int) -> Widths:
     """n = max(target, q ceil(n0 rho / q)), rho = 1 - (1 - target / n0) k / K; with a constant number of heads
-    hidden = heads x head width, so that the rung is a stock model."""
-
+    hidden = heads x head width, so that the rung is a stock model. The last rung is the target, aligned or not."""
     events = config.events
+    if rung == events:
+        return target
 
     def width(n0: int, goal: int, multiple: int) -> int:
         scaled = n0 * events - (n0 - goal) * rung  # n0 rho K

@@ -55,9 +55,7 @@ def pruned(model: BertForMaskedLM, kept: dict[str, tuple[int, ...]]) -> tuple[Be
 
 def hand_sliced(model: BertForMaskedLM, kept: dict[str, tuple[int, ...]], widths: Widths) -> BertForMaskedLM:
     """The twin: a stock BERT of the small shape, filled by plain indexing, matrix by matrix, head by head."""
-    config = bert_config(
-        hidden_size=widths.hidden, num_attention_heads=widths.heads, intermediate_size=widths.ffn
-    )
+    config = bert_config(hidden_size=widths.hidden, num_attention_heads=widths.heads, intermediate_size=widths.ffn)
     big, small = model.state_dict(), {}
     h = list(kept["hidden"])
     for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
@@ -75,7 +73,11 @@ def hand_sliced(model: BertForMaskedLM, kept: dict[str, tuple[int, ...]], widths
             linear = f"{at}.attention.self.{name}"
             small[f"{linear}.weight"] = big[f"{linear}.weight"][rows][:, h] * factor
             small[f"{linear}.bias"] = big[f"{linear}.bias"][rows] * factor
-        for linear, rows, columns in (("attention.output.dense", h, vo), ("intermediate.dense", f, h), ("output.dense", h, f)):
+        for linear, rows, columns in (
+            ("attention.output.dense", h, vo),
+            ("intermediate.dense", f, h),
+            ("output.dense", h, f),
+        ):
             small[f"{at}.{linear}.weight"] = big[f"{at}.{linear}.weight"][rows][:, columns]
             small[f"{at}.{linear}.bias"] = big[f"{at}.{linear}.bias"][rows]
         for norm in ("attention.output.LayerNorm", "output.LayerNorm"):
@@ -228,5 +230,5 @@ def test_a_bert_that_cannot_be_distilled_is_refused_by_the_field_at_fault(field:
 def test_an_unknown_architecture_is_refused_by_name() -> None:
     config = BertConfig()
     config.model_type = "berd"
-    with pytest.raises(ModelError, match="'berd'.*Did you mean 'bert'"):
+    with pytest.raises(ModelError, match=r"'berd'.*Did you mean 'bert'"):
         family_of(config)

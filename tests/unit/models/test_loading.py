@@ -78,7 +78,9 @@ def test_weights_without_a_language_model_head_are_refused(directory: Path) -> N
         load_model(directory, torch.float32)
 
 
-@pytest.mark.parametrize(("lacking", "complaint"), [("config.json", "config.json"), ("model.safetensors", "no weights")])
+@pytest.mark.parametrize(
+    ("lacking", "complaint"), [("config.json", "config.json"), ("model.safetensors", "no weights")]
+)
 def test_a_directory_that_lacks_a_file_is_refused(directory: Path, lacking: str, complaint: str) -> None:
     (directory / lacking).unlink()
     with pytest.raises(ModelError, match=complaint):
