@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from homodistil.summary import HEADINGS, RunSummary
 
 KL, JUMP = "validation/kl", "pruning/prune_jump"
-DISCREPANCY, PRUNE, WIDTH = "#b5446e", "#999999", "#2d6a8e"
+DISCREPANCY, PRUNE, HIDDEN, FFN = "#b5446e", "#999999", "#2d6a8e", "#f2b134"
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -103,14 +103,13 @@ def _draw_discrepancy(axes: Axes, curves: dict[str, Curve]) -> None:
 def _draw_ladder(axes: Axes, curves: dict[str, Curve]) -> None:
     axes.set_ylabel("width / first")
     last = max((curve.updates[-1] for curve in curves.values()), default=0)
-    for name, style in (("hidden", "-"), ("ffn", ":")):  # both show where both fall alike
+    for name, color, style in (("hidden", HIDDEN, "-"), ("ffn", FFN, ":")):  # both show where both fall alike
         if curve := curves.get(f"shape/{name}"):
             first, final = curve.values[0], curve.values[-1]
             relative = [value / first for value in [*curve.values, final]]
             label = f"{name} {first:.0f} to {final:.0f}"
-            axes.step(
-                [*curve.updates, last], relative, where="post", color=WIDTH, linestyle=style, linewidth=2, label=label
-            )
+            updates = [*curve.updates, last]
+            axes.step(updates, relative, style, where="post", color=color, linewidth=2, label=label)
     axes.set_ylim(bottom=0)
 
 
