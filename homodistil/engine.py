@@ -128,6 +128,10 @@ class StudentEngine:
         return self._zero.fragments(gradients)
 
     @property
+    def zero_stage(self) -> int:
+        return int(self._settings["zero_optimization"]["stage"])
+
+    @property
     def step(self) -> int:
         """Optimizer steps taken."""
         return self._zero.step

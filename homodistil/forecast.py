@@ -8,7 +8,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from homodistil.ds_config import DeepSpeedConfig
 from homodistil.models.shape import Widths
 from homodistil.opening import Plan
 from homodistil.ranks import Ranks
@@ -17,13 +16,13 @@ from homodistil.student import Student
 GIB = 1024**3
 
 
-def show_forecast(plan: Plan, ds_config: DeepSpeedConfig, ranks: Ranks) -> None:
+def show_forecast(plan: Plan, ranks: Ranks) -> None:
     """Print the forecast on rank 0. Collective."""
-    speed = matrix_product_flops(ds_config.dtype, ranks.device)
+    speed = matrix_product_flops(plan.dtype, ranks.device)
     if ranks.is_first:
         console = Console()
         console.print(_ladder_table(plan))
-        console.print(_memory_line(plan, ds_config, ranks))
+        console.print(_memory_line(plan, ranks))
         console.print(_time_line(plan, speed, ranks))
     ranks.barrier()
 
@@ -76,8 +75,8 @@ def _ladder_table(plan: Plan) -> Table:
     return table
 
 
-def _memory_line(plan: Plan, ds_config: DeepSpeedConfig, ranks: Ranks) -> str:
-    stage, world, width = ds_config.zero_stage, ranks.world_size, ds_config.dtype.itemsize
+def _memory_line(plan: Plan, ranks: Ranks) -> str:
+    stage, world, width = plan.ds_config.zero_stage, ranks.world_size, plan.dtype.itemsize
     student = parameters_of(plan, plan.start.widths)
     weights = student * width / (world if stage == 3 else 1)
     gradients = student * 4 / (world if stage >= 2 else 1)

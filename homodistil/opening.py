@@ -22,8 +22,8 @@ from homodistil.errors import ConfigError, ModelError
 from homodistil.models import family_of
 from homodistil.models.attention import attention_implementation
 from homodistil.models.base import ModelFamily
-from homodistil.models.loading import load_config, load_model, new_config, random_model
-from homodistil.models.shape import StudentShape, Widths
+from homodistil.models.loading import bert_config, load_config, load_model, new_model
+from homodistil.models.shape import StudentShape
 from homodistil.pruning.ladder import Ladder
 from homodistil.ranks import Ranks
 from homodistil.student import Blueprint
@@ -55,6 +55,7 @@ class Plan:
     """A run that was found sound: its original model's config, its shapes, its ladder."""
 
     run: RunConfig
+    ds_config: DeepSpeedConfig
     index: ShardIndex
     blueprint: Blueprint
     start: StudentShape
@@ -69,11 +70,11 @@ class Plan:
         return self.run.data.global_batch * self.index.sequence_length
 
     @property
-    def target(self) -> Widths:
-        return self.ladder.rungs[-1].widths if self.ladder.rungs else self.start.widths
+    def dtype(self) -> torch.dtype:
+        return self.ds_config.dtype
 
 
-def plan_run(run: RunConfig, index: ShardIndex) -> Plan:
+def plan_run(run: RunConfig, index: ShardIndex, ds_config: DeepSpeedConfig) -> Plan:
     """Check that data, teacher and target shape belong together. Raises the error to act on."""
     config = _original_config(run, index)
     _check_positions(run, config, index)
@@ -85,41 +86,40 @@ def plan_run(run: RunConfig, index: ShardIndex) -> Plan:
     ladder = Ladder.plan(run.pruning, run.run.updates, full.widths)
     if ladder.rungs:
         family.stock_config(config, ladder.rungs[-1].widths)  # refuses what cannot be exported
-    if run.student.init == "random" and run.teacher.path and ladder.rungs:
-        return Plan(run, index, blueprint, full.first(ladder.rungs[-1].widths), Ladder(()))
-    return Plan(run, index, blueprint, full, ladder)
+    start = full
+    if run.student.init == "random" and ladder.rungs:
+        start, ladder = full.first(ladder.rungs[-1].widths), Ladder(())
+    return Plan(run, ds_config, index, blueprint, start, ladder)
 
 
-def open_teacher(plan: Plan, ds_config: DeepSpeedConfig, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> TeacherEngine | None:
+def open_teacher(plan: Plan, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> TeacherEngine | None:
     """The frozen engine beside the student's, or None for plain training. Collective."""
     config = plan.run.teacher
     if config.path is None:
         return None
-    model = load_model(config.path, ds_config.dtype, plan.blueprint.attention)
+    model = load_model(config.path, plan.dtype, plan.blueprint.attention)
     sharding = ranks.default_sharding if config.sharding == "auto" else config.sharding
     settings = teacher_ds.resolved(plan.run, ranks.world_size) if sharding == "zero3" else None
     return TeacherEngine(model, plan.family, ranks, settings)
 
 
-def open_student(plan: Plan, ds_config: DeepSpeedConfig, ranks: Ranks) -> StudentEngine:
+def open_student(plan: Plan, ranks: Ranks) -> StudentEngine:
     """The student as it is before the first update. Collective."""
-    settings = ds_config.resolved(plan.run, ranks.world_size)
+    settings = plan.ds_config.resolved(plan.run, ranks.world_size)
     return StudentEngine.build(plan.blueprint, settings, ranks, model=_first_model(plan), shape=plan.start)
 
 
 def _first_model(plan: Plan) -> PreTrainedModel:
     run, attention = plan.run, plan.blueprint.attention
-    if run.teacher.path is None:
-        return random_model(plan.blueprint.config, run.run.seed, attention)
-    if run.student.init == "teacher":
+    if run.teacher.path and run.student.init == "teacher":
         return load_model(run.teacher.path, torch.float32, attention)
-    stock = plan.family.stock_config(plan.blueprint.config, plan.start.widths)
-    return random_model(stock, run.run.seed, attention)
+    torch.manual_seed(run.run.seed)
+    return new_model(plan.family.stock_config(plan.blueprint.config, plan.start.widths), attention)
 
 
 def _original_config(run: RunConfig, index: ShardIndex) -> PretrainedConfig:
     if run.teacher.path is None:
-        return new_config(run.student.config, index.vocab_size)
+        return bert_config(run.student.config, index.vocab_size)
     return load_config(run.teacher.path)
 
 

@@ -24,19 +24,19 @@ def pretrain(run: RunConfig, ds_config: DeepSpeedConfig, teacher_ds_config: Deep
     """What `launchers/pretrain.py` does: provide what is missing, check everything, then train. Collective."""
     ranks = start_ranks()
     index = provide_shards(run, ranks)
-    provide_teacher(run, ranks, lambda recipe: train(plan_run(recipe, index), ds_config, teacher_ds_config, ranks))
-    plan = plan_run(run, index)
+    provide_teacher(run, ranks, lambda first: train(plan_run(first, index, ds_config), teacher_ds_config, ranks))
+    plan = plan_run(run, index, ds_config)
     if dry_run:
-        return show_forecast(plan, ds_config, ranks)
-    return train(plan, ds_config, teacher_ds_config, ranks)
+        return show_forecast(plan, ranks)
+    return train(plan, teacher_ds_config, ranks)
 
 
-def train(plan: Plan, ds_config: DeepSpeedConfig, teacher_ds_config: DeepSpeedConfig, ranks: Ranks) -> RunSummary:
+def train(plan: Plan, teacher_ds_config: DeepSpeedConfig, ranks: Ranks) -> RunSummary:
     """Shrink a student out of its teacher while distilling it; without a teacher, plain training. Collective."""
     run = plan.run
     stream = Stream(run.data, run.run.seed, ranks)
-    teacher = open_teacher(plan, ds_config, teacher_ds_config, ranks)
-    student = open_student(plan, ds_config, ranks)
+    teacher = open_teacher(plan, teacher_ds_config, ranks)
+    student = open_student(plan, ranks)
     pruner = PruningCoordinator(run.pruning, plan.ladder, student.groups, ranks, run.run.seed)
     held_out = stream.validation(run.validation.sequences, run.data.micro_batch)
 
@@ -53,7 +53,7 @@ def train(plan: Plan, ds_config: DeepSpeedConfig, teacher_ds_config: DeepSpeedCo
             metrics.record(update, losses, plan.tokens_per_update, rate, student.gradient_norm)
             if update % run.validation.every == 0 or update == run.run.updates:
                 validation = validate(update, student, held_out, teacher, metrics)
-    return finish(plan, student, teacher, validation, metrics, ranks)
+    return finish(plan, student, teacher, validation, held_out, metrics, ranks)
 
 
 def validate(

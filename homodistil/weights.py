@@ -32,16 +32,16 @@ UPDATES = 4
 """Updates whose batches the gradients are averaged over."""
 
 
-def measure_weights(plan: Plan, ds_config: DeepSpeedConfig, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> dict[str, float]:
+def measure_weights(plan: Plan, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> dict[str, float]:
     """Term -> weight: |gradient of mlm| / |gradient of the term|. Raises `ConfigError` without a ladder. Collective."""
     if not plan.ladder.rungs or plan.run.teacher.path is None:
         raise ConfigError("measure-weights needs a teacher and a pruning target: give a distillation recipe.")
     stream = Stream(plan.run.data, plan.run.run.seed, ranks)
-    teacher = open_teacher(plan, ds_config, teacher_ds, ranks)
+    teacher = open_teacher(plan, teacher_ds, ranks)
     assert teacher is not None
     first = plan.ladder.rungs[0].update
     batches = stream.updates(start=0, stop=first + SETTLING + UPDATES)
-    student = _settled(plan, ds_config, ranks, teacher, batches, until=first + SETTLING)
+    student = _settled(plan, ranks, teacher, batches, until=first + SETTLING)
     norms = gradient_norms(student, teacher, plan.run.objective, [batch for _, batch in batches], ranks)
     if ranks.is_first:
         _show(norms)
@@ -50,7 +50,6 @@ def measure_weights(plan: Plan, ds_config: DeepSpeedConfig, teacher_ds: DeepSpee
 
 def _settled(
     plan: Plan,
-    ds_config: DeepSpeedConfig,
     ranks: Ranks,
     teacher: TeacherEngine,
     batches: Iterator[tuple[int, Batch]],
@@ -58,7 +57,7 @@ def _settled(
 ) -> StudentEngine:
     """train.py's loop up to the measuring student, the ladder cut after its first rung."""
     run = plan.run
-    student = open_student(plan, ds_config, ranks)
+    student = open_student(plan, ranks)
     pruner = PruningCoordinator(run.pruning, plan.ladder, student.groups, ranks, run.run.seed)
     for update, batch in batches:
         student.accumulate(batch, teacher)
