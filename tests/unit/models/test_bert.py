@@ -105,6 +105,20 @@ def test_a_narrowed_bert_is_the_hand_sliced_stock_model(widths: Widths) -> None:
     torch.testing.assert_close(logits(student), logits(hand_sliced(bert(), kept, widths)), rtol=1e-5, atol=1e-5)
 
 
+def test_a_stock_model_with_the_scale_folded_in_is_the_student() -> None:
+    widths = Widths(36, 80, 4, 9)
+    student, shape = pruned(bert(), draw(widths))
+    stock, factors = (
+        BertForMaskedLM(FAMILY.stock_config(bert_config(), widths)).eval(),
+        FAMILY.fold_attention_scale(shape),
+    )
+    with torch.no_grad():
+        for name, parameter in stock.named_parameters():
+            parameter.copy_(student.get_parameter(name) * factors.pop(name, 1.0))
+    assert not factors
+    torch.testing.assert_close(logits(stock), logits(student), rtol=1e-5, atol=1e-5)
+
+
 def test_a_second_prune_continues_from_the_first() -> None:
     teacher, first = bert(), draw(Widths(54, 100, 5, 9))
     student, shape = pruned(teacher, first)
