@@ -1,0 +1,63 @@
+"""README: every command in it can be typed, every file and recipe it names exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from homodistil import cli
+from homodistil.arguments import parse
+from homodistil.config import RunConfig
+from homodistil.data.commands import BuildShards
+from homodistil.recipe import recipe_names
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+SETTINGS = {"pretrain.py": cli.Pretrain, "evaluate.py": cli.Evaluate, "build_shards.py": BuildShards}
+
+
+def commands() -> list[str]:
+    """The commands of README's bash blocks, continued lines joined."""
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)).replace("\\\n", " ")
+    return [line.split("#")[0].strip() for line in blocks.splitlines() if line.split("#")[0].strip()]
+
+
+SCRIPTS = [command for command in commands() if ".py" in command]
+
+
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_a_command_of_the_readme_is_one_that_can_be_typed(command: str) -> None:
+    words = shlex.split(command)
+    script = next(word for word in words if word.endswith(".py"))
+    assert (ROOT / script).is_file()
+    settings = SETTINGS[Path(script).name]
+    given = parse(settings, script, words[words.index(script) + 1 :])
+    recipe = given.get("recipe")
+    if settings is cli.Pretrain:
+        values = {name: value for name, value in given.items() if name not in {*cli.Launch.model_fields, "recipe"}}
+        assert RunConfig.load(recipe, values)
+        assert (ROOT / given["ds_config"]).is_file()
+    else:
+        assert settings.model_validate(given)
+
+
+@pytest.mark.parametrize("target", [command.split()[1] for command in commands() if command.startswith("make ")])
+def test_a_make_target_of_the_readme_exists(target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(re.findall(r"`((?:homodistil|launchers|docs|ds_configs)/[\w/]*[\w.]*)`", TEXT)))
+)
+def test_a_path_of_the_readme_exists(name: str) -> None:
+    assert (ROOT / name).exists()
+
+
+def test_every_recipe_is_in_the_readme_or_made_on_the_way_by_one_that_is() -> None:
+    on_the_way = {RunConfig.load(name).teacher.recipe for name in recipe_names()}
+    for name in set(recipe_names()) - on_the_way:
+        size = name.removeprefix("homobert")
+        assert f"`{name}`" in TEXT or f"`{size}`" in TEXT
