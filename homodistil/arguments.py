@@ -25,7 +25,7 @@ def parse(model: type[BaseModel], program: str, arguments: Sequence[str]) -> dic
     usage = "%(prog)s [--flag value ...]"
     parser = _Parser(prog=program, usage=usage, description=model.__doc__, allow_abbrev=False)
     source: CliSettingsSource[Any] = CliSettingsSource(
-        create_model(model.__name__, __base__=(model, BaseSettings)),
+        create_model(model.__name__, __base__=(model, BaseSettings)),  # type: ignore[arg-type]
         root_parser=parser,
         parse_args_method=_parse_known,
         cli_avoid_json=True,

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_settings import CliImplicitFlag
@@ -20,6 +20,9 @@ from homodistil.data import commands
 from homodistil.data.commands import BuildShards, TrainTokenizer, VerifyShards
 from homodistil.errors import ConfigError, DataError, DivergenceError, HomodistilError, nearest
 from homodistil.recipe import explain
+
+if TYPE_CHECKING:
+    from homodistil.ds_config import DeepSpeedConfig
 
 Settings = TypeVar("Settings", bound=BaseModel)
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
@@ -70,19 +73,35 @@ class Evaluate(Section):
 
 def pretrain(arguments: Sequence[str]) -> None:
     """Load recipe and DeepSpeed JSONs, check them against each other, and train."""
-    given = parse(Pretrain, "homodistil pretrain", arguments)
-    launch = _checked(Launch, {name: given.pop(name) for name in Launch.model_fields if name in given})
-    run = RunConfig.load(given.pop("recipe", "quickstart"), given)
-
-    from homodistil.ds_config import DeepSpeedConfig
-
-    student = DeepSpeedConfig.load(launch.ds_config)
-    teacher = DeepSpeedConfig.load_teacher(launch.teacher_ds_config, student)
-    run = student.adopted_by(run)
+    launch, run, student, teacher = _launched("homodistil pretrain", arguments)
 
     from homodistil import train
 
     train.pretrain(run, student, teacher, launch.dry_run)
+
+
+def measure_weights(arguments: Sequence[str]) -> None:
+    """Measure the weights at which a recipe's loss terms pull equally hard."""
+    _, run, student, teacher = _launched("homodistil measure-weights", arguments)
+
+    from homodistil import weights
+
+    weights.measure_weights(run, student, teacher)
+
+
+def _launched(program: str, arguments: Sequence[str]) -> tuple[Launch, RunConfig, DeepSpeedConfig, DeepSpeedConfig]:
+    """Flags, recipe and both DeepSpeed JSONs, checked against each other."""
+    given = parse(Pretrain, program, arguments)
+    launch = _checked(Launch, {name: given.pop(name) for name in Launch.model_fields if name in given})
+    run = RunConfig.load(given.pop("recipe", "quickstart"), given)
+
+    from homodistil.ds_config import DeepSpeedConfig
+    from homodistil.quiet import hush
+
+    hush()
+    student = DeepSpeedConfig.load(launch.ds_config)
+    teacher = DeepSpeedConfig.load_teacher(launch.teacher_ds_config, student)
+    return launch, student.adopted_by(run), student, teacher
 
 
 def evaluate(arguments: Sequence[str]) -> None:
@@ -90,7 +109,9 @@ def evaluate(arguments: Sequence[str]) -> None:
     options = _checked(Evaluate, parse(Evaluate, "homodistil evaluate", arguments))
 
     from homodistil.evaluation.language_modeling import evaluate_mlm
+    from homodistil.quiet import hush
 
+    hush()
     scores = evaluate_mlm(options.model, options.data.shards, options.sequences, options.micro_batch, options.dtype)
     for name, value in scores.items():
         print(f"{name:24} {value:.4f}")
@@ -113,6 +134,7 @@ def verify_shards(arguments: Sequence[str]) -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "pretrain": pretrain,
+    "measure-weights": measure_weights,
     "evaluate": evaluate,
     "build-shards": build_shards,
     "train-tokenizer": train_tokenizer,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from homodistil.batch import Batch
 from homodistil.knowledge.teacher import FrozenModel, Teacher
 from homodistil.models.base import ModelFamily
-from homodistil.models.groups import PrunableGroup, kept_positions
+from homodistil.models.groups import kept_positions
 from homodistil.models.shape import StudentShape
 from homodistil.objective.measures import Measures
 from homodistil.pruning.coordinator import PrunePlan
@@ -30,24 +30,22 @@ from homodistil.zero import ZeroStudent, collect, release
 PATIENCE = timedelta(minutes=60)  # rank 0 may be building shards meanwhile
 
 
-def start_ranks() -> Ranks:
-    """Join the process group, starting it if no one has; alone without a launcher. Collective."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+@contextmanager
+def started_ranks() -> Iterator[Ranks]:
+    """Join the process group, alone without a launcher; leave it at the end. Collective.
+
+    A ZeRO-3 process that does not leave can abort at exit; one that fails leaves without waiting for the others.
+    """
     deepspeed_logger.setLevel("WARNING")
     # Its build takes a compiler and a lock that a killed process leaves behind; it serves only inference.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     rendezvous()
     share_cores()
-    if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(verbose=False, timeout=PATIENCE)
-    return Ranks.current()
-
-
-def stop_ranks() -> None:
-    """Leave the process group; a ZeRO-3 process that does not can abort at exit. Collective."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    deepspeed.init_distributed(verbose=False, timeout=PATIENCE)
+    ranks = Ranks.current()
+    yield ranks
+    ranks.barrier()
+    torch.distributed.destroy_process_group()
 
 
 class StudentEngine:
@@ -212,4 +210,3 @@ def parameter_groups(student: Student) -> list[dict[str, Any]]:
     trained = [p for p in student.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim == 1]
     return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-

@@ -99,4 +99,3 @@ def _time_line(plan: Plan, speed: float, ranks: Ranks) -> str:
 
 def _count(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-

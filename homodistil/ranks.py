@@ -8,7 +8,6 @@ import pickle
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world_size`; every method but `device` is collective: every rank must call it."""
+    """This process among `world_size`. Its methods are collective: every rank must call them."""
 
     rank: int
     world_size: int
@@ -76,7 +75,7 @@ class Ranks:
 
     def once(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0 only; every rank gets its result, or raises its error. Collective."""
-        outcome: tuple[str, Any] | None = None
+        outcome: Any = None
         if self.is_first:
             try:
                 outcome = ("result", work())
@@ -117,6 +116,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-TIMEOUT = timedelta(minutes=60)  # rank 0 may build shards meanwhile

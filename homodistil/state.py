@@ -116,4 +116,3 @@ def _block(piece: Piece | None, part: Range, kinds: Sequence[str]) -> Tensor:
     assert piece is not None, "a rank sends only what it owns"
     start = part.start - piece.start
     return torch.cat([piece.values[kind][start : start + part.numel] for kind in kinds])
-

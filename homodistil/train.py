@@ -9,7 +9,7 @@ from homodistil.closing import finish
 from homodistil.config import RunConfig
 from homodistil.data.stream import Stream
 from homodistil.ds_config import DeepSpeedConfig
-from homodistil.engine import StudentEngine, TeacherEngine, start_ranks
+from homodistil.engine import StudentEngine, TeacherEngine, started_ranks
 from homodistil.forecast import show_forecast
 from homodistil.metrics import Metrics
 from homodistil.objective.measures import Measures
@@ -20,15 +20,18 @@ from homodistil.schedule import learning_rate
 from homodistil.summary import RunSummary
 
 
-def pretrain(run: RunConfig, ds_config: DeepSpeedConfig, teacher_ds_config: DeepSpeedConfig, dry_run: bool) -> RunSummary | None:
+def pretrain(
+    run: RunConfig, ds_config: DeepSpeedConfig, teacher_ds_config: DeepSpeedConfig, dry_run: bool = False
+) -> None:
     """What `launchers/pretrain.py` does: provide what is missing, check everything, then train. Collective."""
-    ranks = start_ranks()
-    index = provide_shards(run, ranks)
-    provide_teacher(run, ranks, lambda first: train(plan_run(first, index, ds_config), teacher_ds_config, ranks))
-    plan = plan_run(run, index, ds_config)
-    if dry_run:
-        return show_forecast(plan, ranks)
-    return train(plan, teacher_ds_config, ranks)
+    with started_ranks() as ranks:
+        index = provide_shards(run, ranks)
+        provide_teacher(run, ranks, lambda first: train(plan_run(first, index, ds_config), teacher_ds_config, ranks))
+        plan = plan_run(run, index, ds_config)
+        if dry_run:
+            show_forecast(plan, ranks)
+        else:
+            train(plan, teacher_ds_config, ranks)
 
 
 def train(plan: Plan, teacher_ds_config: DeepSpeedConfig, ranks: Ranks) -> RunSummary:

@@ -6,7 +6,8 @@ one after the first rung and `SETTLING` updates more (SPEC 1.1).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
+from itertools import islice
 
 import torch
 from rich.console import Console
@@ -14,14 +15,15 @@ from rich.table import Table
 from torch import Tensor
 
 from homodistil.batch import Batch
-from homodistil.config import ObjectiveConfig
+from homodistil.config import ObjectiveConfig, RunConfig
 from homodistil.data.stream import Stream
 from homodistil.ds_config import DeepSpeedConfig
-from homodistil.engine import StudentEngine, TeacherEngine
+from homodistil.engine import StudentEngine, TeacherEngine, started_ranks
 from homodistil.errors import ConfigError
 from homodistil.objective.objective import Objective
-from homodistil.opening import Plan, open_student, open_teacher
+from homodistil.opening import Plan, open_student, open_teacher, plan_run, provide_shards
 from homodistil.pruning.coordinator import PruningCoordinator
+from homodistil.pruning.ladder import Ladder
 from homodistil.ranks import Ranks
 from homodistil.schedule import learning_rate
 from homodistil.student import as_tuple
@@ -32,42 +34,40 @@ UPDATES = 4
 """Updates whose batches the gradients are averaged over."""
 
 
-def measure_weights(plan: Plan, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> dict[str, float]:
-    """Term -> weight: |gradient of mlm| / |gradient of the term|. Raises `ConfigError` without a ladder. Collective."""
-    if not plan.ladder.rungs or plan.run.teacher.path is None:
-        raise ConfigError("measure-weights needs a teacher and a pruning target: give a distillation recipe.")
-    stream = Stream(plan.run.data, plan.run.run.seed, ranks)
-    teacher = open_teacher(plan, teacher_ds, ranks)
+def measure_weights(run: RunConfig, ds_config: DeepSpeedConfig, teacher_ds_config: DeepSpeedConfig) -> None:
+    """What `homodistil measure-weights` does: print |gradient of mlm| / |gradient of the term|. Raises `ConfigError`
+    without a teacher or a ladder. Collective."""
+    with started_ranks() as ranks:
+        plan = plan_run(run, provide_shards(run, ranks), ds_config)
+        if not plan.ladder.rungs or run.teacher.path is None:
+            raise ConfigError(f"recipe {run.recipe}: measure-weights needs teacher.path and a narrower pruning.target.")
+        norms = settled_norms(plan, teacher_ds_config, ranks)
+        if ranks.is_first:
+            _show(norms)
+
+
+def settled_norms(plan: Plan, teacher_ds_config: DeepSpeedConfig, ranks: Ranks) -> dict[str, float]:
+    """Gradient norm of each term for the student after the first rung and `SETTLING` updates. Collective."""
+    teacher = open_teacher(plan, teacher_ds_config, ranks)
     assert teacher is not None
-    first = plan.ladder.rungs[0].update
-    batches = stream.updates(start=0, stop=first + SETTLING + UPDATES)
-    student = _settled(plan, ranks, teacher, batches, until=first + SETTLING)
-    norms = gradient_norms(student, teacher, plan.run.objective, [batch for _, batch in batches], ranks)
-    if ranks.is_first:
-        _show(norms)
-    return {term: norms["mlm"] / norm for term, norm in norms.items()}
+    measured_from = plan.ladder.rungs[0].update + SETTLING
+    batches = Stream(plan.run.data, plan.run.run.seed, ranks).updates(0, measured_from + UPDATES)
+    student = _settled(plan, ranks, teacher, islice(batches, measured_from))
+    return gradient_norms(student, teacher, plan.run.objective, [batch for _, batch in batches], ranks)
 
 
-def _settled(
-    plan: Plan,
-    ranks: Ranks,
-    teacher: TeacherEngine,
-    batches: Iterator[tuple[int, Batch]],
-    until: int,
-) -> StudentEngine:
-    """train.py's loop up to the measuring student, the ladder cut after its first rung."""
-    run = plan.run
+def _settled(plan: Plan, ranks: Ranks, teacher: TeacherEngine, batches: Iterable[tuple[int, Batch]]) -> StudentEngine:
+    """train.py's loop, the ladder cut after its first rung."""
+    run, ladder = plan.run, Ladder(plan.ladder.rungs[:1])
     student = open_student(plan, ranks)
-    pruner = PruningCoordinator(run.pruning, plan.ladder, student.groups, ranks, run.run.seed)
+    pruner = PruningCoordinator(run.pruning, ladder, student.groups, ranks, run.run.seed)
     for update, batch in batches:
         student.accumulate(batch, teacher)
         pruner.observe(student.fragments())
         student.update(learning_rate(run.optimizer, update, run.run.updates))
-        if update == plan.ladder.rungs[0].update and (prune := pruner.plan(update)):
+        if prune := pruner.plan(update):
             student = student.shrunk(prune)
             pruner.rebase(student.groups)
-        if update == until:
-            break
     return student
 
 

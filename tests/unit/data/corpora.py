@@ -1,0 +1,41 @@
+"""Small made-up texts, and shards built from them."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from homodistil.config import DataConfig
+from homodistil.data.build import build_shards
+from homodistil.data.stream import Stream
+from homodistil.ranks import Ranks
+
+WORDS = "the student learns from a teacher that shrinks slowly while every neuron of importance stays near".split()
+SEQUENCE_LENGTH = 16
+
+
+def write_text(path: Path, articles: int = 60) -> Path:
+    """`articles` of a few paragraphs each, of made-up words so that they differ."""
+    draw = random.Random(0)
+    lines = []
+    for article in range(articles):
+        lines.append(f"= Article {article} =")
+        lines += [" ".join(draw.choices(WORDS, k=30)) + f" {draw.randrange(1000)}." for _ in range(4)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+small_shards = partial(build_shards, vocab_size=300, sequence_length=SEQUENCE_LENGTH, shards=8, progress=False)
+
+
+def ranks(rank: int, world_size: int) -> Ranks:
+    """A place among ranks, without a process group."""
+    return Ranks(rank, world_size, 0, torch.device("cpu"))
+
+
+def stream(shards: Path, rank: int = 0, world_size: int = 1, seed: int = 0, **options: object) -> Stream:
+    settings = {"global_batch": 24, "lanes": 4, "micro_batch": 8, "shards": shards, **options}
+    return Stream(DataConfig.model_validate(settings), seed, ranks(rank, world_size))
