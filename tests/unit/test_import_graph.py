@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "homodistil"
 
 LAYERS = (
-    {"errors", "hardware"},
+    {"errors", "hardware", "quiet"},
     {"recipe", "config", "ds_schema", "ds_config", "arguments", "schedule", "batch", "signals", "summary"},
     {"ranks", "state", "zero", "progress", "metrics"},
     {"models", "kernels"},

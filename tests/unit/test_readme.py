@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from homodistil import cli
 from homodistil.arguments import parse
@@ -25,21 +26,25 @@ def commands() -> list[str]:
     return [line.split("#")[0].strip() for line in blocks.splitlines() if line.split("#")[0].strip()]
 
 
-SCRIPTS = [command for command in commands() if ".py" in command]
-
-
-@pytest.mark.parametrize("command", SCRIPTS)
-def test_a_command_of_the_readme_is_one_that_can_be_typed(command: str) -> None:
-    words = shlex.split(command)
+def flags_of(words: list[str]) -> tuple[type[BaseModel], list[str]]:
+    """The settings that a command parses, and its flags."""
+    if words[0] == "homodistil":
+        assert words[1] in cli.COMMANDS
+        return cli.Pretrain, words[2:]
     script = next(word for word in words if word.endswith(".py"))
     assert (ROOT / script).is_file()
-    settings = SETTINGS[Path(script).name]
-    given = parse(settings, script, words[words.index(script) + 1 :])
+    return SETTINGS[Path(script).name], words[words.index(script) + 1 :]
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if not command.startswith("make ")])
+def test_a_command_of_the_readme_is_one_that_can_be_typed(command: str) -> None:
+    settings, flags = flags_of(shlex.split(command))
+    given = parse(settings, "program", flags)
     recipe = given.get("recipe")
     if settings is cli.Pretrain:
         values = {name: value for name, value in given.items() if name not in {*cli.Launch.model_fields, "recipe"}}
         assert RunConfig.load(recipe, values)
-        assert (ROOT / given["ds_config"]).is_file()
+        assert (ROOT / given.get("ds_config", "ds_configs/zero2.json")).is_file()
     else:
         assert settings.model_validate(given)
 
