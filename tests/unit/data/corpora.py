@@ -13,7 +13,7 @@ from homodistil.data.build import build_shards
 from homodistil.data.stream import Stream
 from homodistil.ranks import Ranks
 
-WORDS = "the student learns from a teacher that shrinks slowly while every neuron of importance stays near".split()
+SENTENCE = "the student learns from a teacher that shrinks slowly while every neuron of importance stays near"
 SEQUENCE_LENGTH = 16
 
 
@@ -23,7 +23,7 @@ def write_text(path: Path, articles: int = 60) -> Path:
     lines = []
     for article in range(articles):
         lines.append(f"= Article {article} =")
-        lines += [" ".join(draw.choices(WORDS, k=30)) + f" {draw.randrange(1000)}." for _ in range(4)]
+        lines += [" ".join(draw.choices(SENTENCE.split(), k=30)) + f" {draw.randrange(1000)}." for _ in range(4)]
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
 

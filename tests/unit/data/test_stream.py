@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.unit.data.corpora import SEQUENCE_LENGTH, stream
 
 from homodistil.batch import Batch
 from homodistil.data.shards import ShardIndex, read_shard
-from homodistil.data.stream import Stream
 from homodistil.errors import ConfigError, DataError
+from tests.unit.data.corpora import SEQUENCE_LENGTH, stream
 
 
 def rows_of(batch: Batch) -> list[tuple[bytes, ...]]:
@@ -74,7 +73,6 @@ def test_resuming_opens_only_the_shards_it_continues_in(shards: Path, monkeypatc
         return read_shard(folder, index, entry)  # type: ignore[arg-type]
 
     monkeypatch.setattr("homodistil.data.stream.read_shard", counting)
-    list(stream(shards).updates(1_000_000 * stream(shards).updates_per_epoch, 1_000_000 * 50 + 1))
     list(stream(shards).updates(10**9, 10**9 + 1))
     assert len(opened) <= 2 * 4  # one shard a lane, or two where a batch straddles
 
@@ -119,14 +117,14 @@ def test_epochs_and_seeds_differ_in_order_and_in_masks(shards: Path) -> None:
         assert sum(masks[sample] == other_masks[sample] for sample in common) < len(common) / 4
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4, 7])
+@pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_validation_sums_are_equal_for_any_world_size(shards: Path, world_size: int) -> None:
     def score(batches: list[Batch]) -> float:
-        """Any function of scored slots, with integers so that sums are exact."""
-        return sum(float((b.weights * (b.labels * (b.samples[:, None] + 1) + b.scored_positions)).sum()) for b in batches)
+        """Any function of scored slots, in integers so that sums are exact."""
+        return sum(float((b.weights * b.labels * (b.samples[:, None] + b.scored_positions)).sum()) for b in batches)
 
     alone = stream(shards).validation(21, 4)
-    validating = [stream_of(shards, rank, world_size).validation(21, 4) for rank in range(world_size)]
+    validating = [stream(shards, rank, world_size, lanes=8).validation(21, 4) for rank in range(world_size)]
     assert sum(map(score, validating)) == score(alone) > 0
     assert len({tuple(map(len, batches)) for batches in validating}) == 1
     assert sum(float(b.weights.sum()) for batches in validating for b in batches) == sum(
@@ -134,13 +132,10 @@ def test_validation_sums_are_equal_for_any_world_size(shards: Path, world_size: 
     )
 
 
-def stream_of(shards: Path, rank: int, world_size: int) -> Stream:
-    """A stream whose lanes any of these world sizes divides."""
-    return stream(shards, rank, world_size, global_batch=8 * world_size, lanes=world_size if world_size in (2, 4) else 1)
-
-
 def test_validation_is_the_same_whatever_the_seed(shards: Path) -> None:
-    for one, other in zip(stream(shards, seed=1).validation(10, 4), stream(shards, seed=2).validation(10, 4), strict=True):
+    for one, other in zip(
+        stream(shards, seed=1).validation(10, 4), stream(shards, seed=2).validation(10, 4), strict=True
+    ):
         assert_equal(one, other)
 
 
