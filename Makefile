@@ -16,7 +16,8 @@ ARGS      ?=
 .PHONY: run test test-all lint clean
 
 run: $(INSTALLED)
-	$(BIN)/deepspeed $(if $(RANKS),--num_accelerators $(RANKS)) launchers/pretrain.py --ds_config $(DS_CONFIG) $(ARGS)
+	$(BIN)/deepspeed --quiet $(if $(RANKS),--num_accelerators $(RANKS)) \
+	  launchers/pretrain.py --ds_config $(DS_CONFIG) $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow"
