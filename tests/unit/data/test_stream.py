@@ -56,10 +56,12 @@ def test_no_shard_is_read_by_two_ranks_in_an_epoch(shards: Path) -> None:
         assert not seen[0] & seen[1]
 
 
-@pytest.mark.parametrize("start", [1, 7, 30, 61])
-def test_resuming_at_any_update_continues_the_uninterrupted_run(shards: Path, start: int) -> None:
-    whole = list(stream(shards, 1, 2).updates(0, start + 5))
-    resumed = list(stream(shards, 1, 2).updates(start, start + 5))
+@pytest.mark.parametrize("lanes", [4, 8])
+@pytest.mark.parametrize("epochs", [0.1, 0.5, 1.0, 2.2])
+def test_resuming_at_any_update_continues_the_uninterrupted_run(shards: Path, epochs: float, lanes: int) -> None:
+    start = int(epochs * stream(shards, lanes=lanes).updates_per_epoch)
+    whole = list(stream(shards, 1, 2, lanes=lanes).updates(0, start + 5))
+    resumed = list(stream(shards, 1, 2, lanes=lanes).updates(start, start + 5))
     assert [update for update, _ in resumed] == list(range(start + 1, start + 6))
     for (_, expected), (_, found) in zip(whole[start:], resumed, strict=True):
         assert_equal(expected, found)
@@ -97,6 +99,17 @@ def test_a_batch_holds_the_text_of_the_samples_it_names(shards: Path) -> None:
         rows = torch.arange(len(batch))[:, None].expand_as(scored)
         unmasked[rows[scored], batch.scored_positions[scored]] = batch.labels[scored]
         assert (unmasked.numpy() == corpus[batch.samples]).all()
+
+
+def test_a_sequences_mask_in_an_epoch_does_not_depend_on_the_batch_size(shards: Path) -> None:
+    def rows(global_batch: int) -> dict[int, tuple[bytes, ...]]:
+        one = stream(shards, global_batch=global_batch)
+        updates = one.updates(0, one.updates_per_epoch)
+        return {int(b.samples[i]): row for _, b in updates for i, row in enumerate(rows_of(b))}
+
+    small, large = rows(24), rows(72)
+    assert len(small.keys() & large.keys()) > 0.9 * len(small)
+    assert all(small[sample] == large[sample] for sample in small.keys() & large.keys())
 
 
 def test_epochs_and_seeds_differ_in_order_and_in_masks(shards: Path) -> None:
