@@ -108,7 +108,7 @@ def test_a_sequences_mask_in_an_epoch_does_not_depend_on_the_batch_size(shards: 
         return {int(b.samples[i]): row for _, b in updates for i, row in enumerate(rows_of(b))}
 
     small, large = rows(24), rows(72)
-    assert len(small.keys() & large.keys()) > 0.9 * len(small)
+    assert len(small.keys() & large.keys()) > 0.7 * len(small)
     assert all(small[sample] == large[sample] for sample in small.keys() & large.keys())
 
 
