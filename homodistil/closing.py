@@ -13,6 +13,7 @@ from homodistil.engine import StudentEngine, TeacherEngine
 from homodistil.evaluation.language_modeling import load_stock, score, unigram
 from homodistil.export import export_student
 from homodistil.metrics import Metrics, peak_memory_bytes
+from homodistil.models.loading import model_directory
 from homodistil.models.shape import StudentShape
 from homodistil.objective.measures import Measures
 from homodistil.opening import Plan
@@ -102,15 +103,15 @@ def _validation(outcome: Outcome, held_out: list[Batch]) -> Validation:
     measures, run = outcome.validation, outcome.plan.run
     dtype = str(outcome.plan.dtype).removeprefix("torch.")
 
-    def speed(model: str | Path) -> float:
-        return score(load_stock(Path(model), dtype), held_out)["tokens_per_second"]
+    def speed(model: Path) -> float:
+        return score(load_stock(model, dtype), held_out)["tokens_per_second"]
 
     teacher = None
     if measures.teacher_mlm_loss is not None and measures.teacher_mlm_accuracy is not None and run.teacher.path:
         teacher = Score(
             mlm_loss=measures.teacher_mlm_loss,
             mlm_accuracy=measures.teacher_mlm_accuracy,
-            tokens_per_second=speed(run.teacher.path),
+            tokens_per_second=speed(model_directory(run.teacher.path)),
         )
     student = Score(
         mlm_loss=measures.student_mlm_loss,

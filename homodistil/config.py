@@ -284,4 +284,5 @@ class RunConfig(Section):
     def save(self, path: Path) -> None:
         """Write the resolved configuration as YAML; `load` of that file repeats the run."""
         values = self.model_dump(mode="json", exclude={"recipe"})
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")

@@ -15,13 +15,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 from homodistil.config import RunConfig
 from homodistil.data.build import build_shards
 from homodistil.data.shards import ShardIndex
+from homodistil.data.stream import check_divisions
+from homodistil.data.tokenizer import tokenizer_hash
 from homodistil.ds_config import DeepSpeedConfig
 from homodistil.engine import StudentEngine, TeacherEngine
 from homodistil.errors import ConfigError
 from homodistil.models import family_of
 from homodistil.models.attention import attention_implementation
 from homodistil.models.base import ModelFamily
-from homodistil.models.loading import bert_config, load_config, load_model, new_model
+from homodistil.models.loading import bert_config, load_config, load_model, model_directory, new_model
 from homodistil.models.shape import StudentShape
 from homodistil.pruning.ladder import Ladder
 from homodistil.ranks import Ranks
@@ -73,8 +75,10 @@ class Plan:
         return self.ds_config.dtype
 
 
-def plan_run(run: RunConfig, index: ShardIndex, ds_config: DeepSpeedConfig) -> Plan:
-    """Check that data, teacher and target shape belong together. Raises the error to act on."""
+def plan_run(run: RunConfig, index: ShardIndex, ds_config: DeepSpeedConfig, world_size: int) -> Plan:
+    """Check that batch, data, teacher and target shape belong together. Raises the error to act on."""
+    check_divisions(run.data, index, world_size)
+    ds_config.resolved(run, world_size)
     config = _original_config(run, index)
     _check_positions(run, config, index)
     _check_vocabulary(run, config, index)
@@ -132,9 +136,18 @@ def _check_positions(run: RunConfig, config: PretrainedConfig, index: ShardIndex
 
 
 def _check_vocabulary(run: RunConfig, config: PretrainedConfig, index: ShardIndex) -> None:
-    if config.vocab_size != index.vocab_size:
-        raise ConfigError(
-            f"data.shards {run.data.shards}: tokenized with a vocabulary of {index.vocab_size}, but "
-            f"{run.teacher.path or 'student.config'} has {config.vocab_size}. Build shards with the model's own "
-            f"tokenizer: data_prep/build_shards.py --tokenizer {run.teacher.path or 'DIR'}."
-        )
+    """The same size and, where the teacher brings its tokenizer, the same pieces."""
+    teacher = run.teacher.path
+    found = f"a vocabulary of {index.vocab_size}, but the teacher has {config.vocab_size}"
+    if teacher and config.vocab_size == index.vocab_size:
+        directory = model_directory(teacher)
+        has_tokenizer = any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
+        if not has_tokenizer or tokenizer_hash(directory) == index.tokenizer_sha256:
+            return
+        found = f"other pieces than those of the teacher's vocabulary, both {index.vocab_size}"
+    elif teacher is None:
+        return
+    raise ConfigError(
+        f"data.shards {run.data.shards}: tokenized with {found}. Build shards with the teacher's own tokenizer: "
+        f"data_prep/build_shards.py --tokenizer {teacher}."
+    )

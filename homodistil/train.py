@@ -26,8 +26,12 @@ def pretrain(
     """What `launchers/pretrain.py` does: provide what is missing, check everything, then train. Collective."""
     with started_ranks() as ranks:
         index = provide_shards(run, ranks)
-        provide_teacher(run, ranks, lambda first: train(plan_run(first, index, ds_config), teacher_ds_config, ranks))
-        plan = plan_run(run, index, ds_config)
+
+        def train_teacher(first: RunConfig) -> None:
+            train(plan_run(first, index, ds_config, ranks.world_size), teacher_ds_config, ranks)
+
+        provide_teacher(run, ranks, train_teacher)
+        plan = plan_run(run, index, ds_config, ranks.world_size)
         if dry_run:
             show_forecast(plan, ranks)
         else:
@@ -37,6 +41,7 @@ def pretrain(
 def train(plan: Plan, teacher_ds_config: DeepSpeedConfig, ranks: Ranks) -> RunSummary:
     """Shrink a student out of its teacher while distilling it; without a teacher, plain training. Collective."""
     run = plan.run
+    ranks.once(lambda: run.save(run.run.path / "run.yaml"))
     stream = Stream(run.data, run.run.seed, ranks)
     teacher = open_teacher(plan, teacher_ds_config, ranks)
     student = open_student(plan, ranks)

@@ -22,6 +22,7 @@ from homodistil.engine import StudentEngine, TeacherEngine, started_ranks
 from homodistil.errors import ConfigError
 from homodistil.objective.objective import Objective
 from homodistil.opening import Plan, open_student, open_teacher, plan_run, provide_shards
+from homodistil.progress import Bar, progress_bar
 from homodistil.pruning.coordinator import PruningCoordinator
 from homodistil.pruning.ladder import Ladder
 from homodistil.ranks import Ranks
@@ -38,7 +39,7 @@ def measure_weights(run: RunConfig, ds_config: DeepSpeedConfig, teacher_ds_confi
     """What `homodistil measure-weights` does: print |gradient of mlm| / |gradient of the term|. Raises `ConfigError`
     without a teacher or a ladder. Collective."""
     with started_ranks() as ranks:
-        plan = plan_run(run, provide_shards(run, ranks), ds_config)
+        plan = plan_run(run, provide_shards(run, ranks), ds_config, ranks.world_size)
         if not plan.ladder.rungs or run.teacher.path is None:
             raise ConfigError(f"recipe {run.recipe}: measure-weights needs teacher.path and a narrower pruning.target.")
         norms = settled_norms(plan, teacher_ds_config, ranks)
@@ -50,13 +51,16 @@ def settled_norms(plan: Plan, teacher_ds_config: DeepSpeedConfig, ranks: Ranks) 
     """Gradient norm of each term for the student after the first rung and `SETTLING` updates. Collective."""
     teacher = open_teacher(plan, teacher_ds_config, ranks)
     assert teacher is not None
-    measured_from = plan.ladder.rungs[0].update + SETTLING
-    batches = Stream(plan.run.data, plan.run.run.seed, ranks).updates(0, measured_from + UPDATES)
-    student = _settled(plan, ranks, teacher, islice(batches, measured_from))
+    settling = plan.ladder.rungs[0].update + SETTLING
+    batches = Stream(plan.run.data, plan.run.run.seed, ranks).updates(0, settling + UPDATES)
+    with progress_bar("settling", settling, "update", shown=ranks.is_first) as bar:
+        student = _settled(plan, ranks, teacher, islice(batches, settling), bar)
     return gradient_norms(student, teacher, plan.run.objective, [batch for _, batch in batches], ranks)
 
 
-def _settled(plan: Plan, ranks: Ranks, teacher: TeacherEngine, batches: Iterable[tuple[int, Batch]]) -> StudentEngine:
+def _settled(
+    plan: Plan, ranks: Ranks, teacher: TeacherEngine, batches: Iterable[tuple[int, Batch]], bar: Bar
+) -> StudentEngine:
     """train.py's loop, the ladder cut after its first rung."""
     run, ladder = plan.run, Ladder(plan.ladder.rungs[:1])
     student = open_student(plan, ranks)
@@ -68,6 +72,7 @@ def _settled(plan: Plan, ranks: Ranks, teacher: TeacherEngine, batches: Iterable
         if prune := pruner.plan(update):
             student = student.shrunk(prune)
             pruner.rebase(student.groups)
+        bar.update()
     return student
 
 

@@ -59,7 +59,11 @@ def losses(
     z, zt = logits[rows, batch.scored_positions], t_logits[rows, batch.scored_positions]
     w, n = batch.weights, batch.weights.sum()
     mlm = -(z.log_softmax(-1).gather(-1, batch.labels.unsqueeze(-1)).squeeze(-1) * w).sum() / n
-    p, logp, logq = (zt / TEMPERATURE).softmax(-1), (zt / TEMPERATURE).log_softmax(-1), (z / TEMPERATURE).log_softmax(-1)
+    p, logp, logq = (
+        (zt / TEMPERATURE).softmax(-1),
+        (zt / TEMPERATURE).log_softmax(-1),
+        (z / TEMPERATURE).log_softmax(-1),
+    )
     kl = TEMPERATURE**2 * ((p * (logp - logq)).sum(-1) * w).sum() / n
     mask = batch.attention_mask.bool()
     differences = [(a(h) - t).square().mean(-1) for a, h, t in zip(aligners, hidden, t_hidden, strict=True)]

@@ -36,7 +36,7 @@ class Stream:
     def __init__(self, config: DataConfig, seed: int, ranks: Ranks):
         self.index = ShardIndex.load(config.shards)
         self._config, self._seed, self._ranks = config, seed, ranks
-        _check_divisions(config, self.index, ranks.world_size)
+        check_divisions(config, self.index, ranks.world_size)
         self._rows = config.global_batch // config.lanes  # of a lane in an update
         self._lanes = [
             Lane(config.shards, self.index, lane, config.lanes, seed)
@@ -135,7 +135,7 @@ class Lane:
         return self._open[1], self._open[2]
 
 
-def _check_divisions(config: DataConfig, index: ShardIndex, world_size: int) -> None:
+def check_divisions(config: DataConfig, index: ShardIndex, world_size: int) -> None:
     """K divides b, W divides K, K divides S, all shards have n sequences, and a lane has rows for an update."""
     batch, lanes, entries = config.global_batch, config.lanes, index.splits["train"]
     workable = [k for k in range(1, batch + 1) if batch % k == 0 and k % world_size == 0 and len(entries) % k == 0]

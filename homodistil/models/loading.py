@@ -9,11 +9,18 @@ import copy
 import dataclasses
 import hashlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, PretrainedConfig, PreTrainedModel
@@ -22,6 +29,24 @@ from homodistil.errors import ConfigError, ModelError, nearest
 from homodistil.models import family_of
 
 CHUNK_BYTES = 1 << 22
+HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+
+
+@cache
+def model_directory(name: str | Path) -> Path:
+    """The directory of a model: `name` itself, or where the Hugging Face hub's model of that name was downloaded.
+
+    Raises `ModelError` for what is neither.
+    """
+    if Path(name).exists():
+        return Path(name)
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"{name}: no such directory, and no model of that name could be had from the Hugging Face hub "
+            f"({type(error).__name__}). Check the path; without a network, download the model and give its directory."
+        ) from None
 
 
 def load_model(path: str | Path, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
@@ -30,6 +55,7 @@ def load_model(path: str | Path, dtype: torch.dtype, attention: str | None = Non
     attention: name of a registered attention function; None for transformers' own choice. Raises `ModelError`
     for what is missing, and for any weight that did not come from the directory or is all zero.
     """
+    path = model_directory(path)
     config, files = load_config(path), weight_files(path)
     settings = {} if attention is None else {"attn_implementation": attention}
     try:
@@ -54,12 +80,13 @@ def load_model(path: str | Path, dtype: torch.dtype, attention: str | None = Non
 
 def load_config(path: str | Path) -> PretrainedConfig:
     """The config of a supported model in a directory. Raises `ModelError`."""
-    if not (Path(path) / "config.json").is_file():
+    path = model_directory(path)
+    if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json here. Expected a Hugging Face model directory; check the path.")
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, StrictDataclassError) as error:
-        raise ModelError(f"{Path(path) / 'config.json'} cannot be read: {error}. Save the model again.") from error
+        raise ModelError(f"{path / 'config.json'} cannot be read: {error}. Save the model again.") from error
     family_of(config)
     return config
 
@@ -67,7 +94,7 @@ def load_config(path: str | Path) -> PretrainedConfig:
 def weight_files(path: str | Path) -> list[Path]:
     """A directory's weight files, in name order. Raises `ModelError` when there is none."""
     for pattern in ("*.safetensors", "pytorch_model*.bin"):
-        if files := sorted(Path(path).glob(pattern)):
+        if files := sorted(model_directory(path).glob(pattern)):
             return files
     raise ModelError(f"{path}: no weights here. Expected model.safetensors; save the model with save_pretrained.")
 

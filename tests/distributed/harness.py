@@ -94,4 +94,3 @@ def local_batch(update: int) -> Batch:
     ranks = Ranks.current()
     share = GLOBAL_BATCH // ranks.world_size
     return global_batch(update).rows(ranks.rank * share, (ranks.rank + 1) * share)
-

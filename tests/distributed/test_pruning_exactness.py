@@ -28,7 +28,9 @@ def run_engine(stage: int) -> dict[str, Any]:
     run = harness.run_config()
     engine, teacher = harness.student_engine(stage, run, seed=1), harness.teacher_engine(sharded=True)
     ranks = Ranks.current()
-    pruners = {m: PruningCoordinator(harness.run_config(metric=m).pruning, LADDER, engine.groups, ranks, 0) for m in METRICS}
+    pruners = {
+        m: PruningCoordinator(harness.run_config(metric=m).pruning, LADDER, engine.groups, ranks, 0) for m in METRICS
+    }
     losses, plans, states, rates = [], [], [], []
     for update in range(1, UPDATES + 1):
         parts = engine.accumulate(harness.local_batch(update), teacher)

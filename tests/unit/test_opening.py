@@ -1,0 +1,129 @@
+"""What cannot be run is refused before any engine is built, by file, key, value, expectation and mend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from homodistil.config import RunConfig
+from homodistil.data.shards import ShardIndex
+from homodistil.ds_config import DeepSpeedConfig
+from homodistil.errors import ConfigError, DataError, HomodistilError, ModelError, ShapeError
+from homodistil.opening import plan_run
+from tests import fixtures
+
+ZERO2 = Path(__file__).parents[2] / "ds_configs" / "zero2.json"
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fixtures.save_bert(tmp_path_factory.mktemp("models") / "teacher")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    fixtures.save_shards(folder)
+    return folder
+
+
+def opened(teacher: Path, shards: Path, world_size: int = 1, **sections: Any) -> Any:
+    values: dict[str, Any] = {
+        "teacher": {"path": str(teacher)},
+        "data": {"shards": str(shards), "global_batch": 8, "micro_batch": 2, "lanes": 4},
+        "pruning": {"target": {"hidden": 36, "head_width": 6, "ffn": 69}},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    index = ShardIndex.load(shards)
+    return plan_run(RunConfig.model_validate(values), index, DeepSpeedConfig.load(ZERO2), world_size)
+
+
+def refused(kind: type[HomodistilError], words: list[str], *arguments: Any, **sections: Any) -> None:
+    with pytest.raises(kind) as caught:
+        opened(*arguments, **sections)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+def test_a_sound_run_gets_its_ladder(teacher: Path, shards: Path) -> None:
+    plan = opened(teacher, shards)
+    assert str(plan.ladder.rungs[-1].widths) == "36 hidden, 6 x 6 heads, 69 FFN"
+    assert all(rung.widths.is_stock for rung in plan.ladder.rungs)
+
+
+def test_a_target_that_no_stock_config_expresses_names_the_nearest_that_one_can(teacher: Path, shards: Path) -> None:
+    words = ["pruning.target", "40", "42 (6 x 7)", "36 (6 x 6)"]
+    refused(ShapeError, words, teacher, shards, pruning={"target": {"hidden": 40}})
+
+
+def test_a_target_wider_than_the_teacher_is_refused(teacher: Path, shards: Path) -> None:
+    refused(ShapeError, ["pruning.target.ffn", "200", "136"], teacher, shards, pruning={"target": {"ffn": 200}})
+
+
+def test_a_global_batch_that_does_not_divide_names_those_that_do(teacher: Path, shards: Path) -> None:
+    refused(ConfigError, ["data.global_batch", "12", "10", "15"], teacher, shards, data={"global_batch": 12, "micro_batch": 5})
+
+
+def test_lanes_that_do_not_divide_are_refused(teacher: Path, shards: Path) -> None:
+    refused(ConfigError, ["data.lanes = 3", "data.global_batch = 8"], teacher, shards, data={"lanes": 3})
+    refused(ConfigError, ["data.lanes = 4", "3 ranks"], teacher, shards, 3)
+
+
+def test_shards_of_another_vocabulary_size_are_refused(tmp_path: Path, shards: Path) -> None:
+    other = fixtures.save_bert(tmp_path / "other", vocab_size=1000)
+    refused(ConfigError, ["data.shards", "997", "1000", "--tokenizer"], other, shards)
+
+
+def test_shards_of_other_pieces_are_refused_though_the_size_is_the_same(tmp_path: Path, shards: Path) -> None:
+    other = fixtures.save_bert(tmp_path / "other")
+    for name in ("tokenizer.json", "vocab.txt"):
+        if (other / name).exists():
+            (other / name).write_text((other / name).read_text().replace('"w17"', '"x17"').replace("\nw17\n", "\nx17\n"))
+    refused(ConfigError, ["data.shards", "other pieces", "--tokenizer"], other, shards)
+
+
+def test_sequences_longer_than_the_models_positions_are_refused(tmp_path: Path, shards: Path) -> None:
+    short = fixtures.save_bert(tmp_path / "short", max_position_embeddings=16)
+    refused(ConfigError, ["24", "16 positions", "--sequence_length"], short, shards)
+
+
+def test_missing_shards_name_the_command_that_builds_them(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="build_shards"):
+        ShardIndex.load(tmp_path / "nowhere")
+
+
+def damaged(directory: Path, **tensors: torch.Tensor | None) -> Path:
+    fixtures.save_bert(directory)
+    weights = load_file(directory / "model.safetensors")
+    for name, tensor in tensors.items():
+        weights.pop(name.replace("__", "."))
+        if tensor is not None:
+            weights[name.replace("__", ".")] = tensor
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+QUERY = "bert__encoder__layer__1__attention__self__query__weight"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "word"), [(None, "missing"), (torch.zeros(72, 72), "all zero")], ids=["missing", "all_zero"]
+)
+def test_a_teacher_with_an_untrained_weight_is_refused_by_the_weights_name(
+    tmp_path: Path, tensor: torch.Tensor | None, word: str
+) -> None:
+    from homodistil.models.loading import load_model
+
+    broken = damaged(tmp_path / "broken", **{QUERY: tensor})
+    with pytest.raises(ModelError, match=word) as caught:
+        load_model(broken, torch.float32)
+    assert QUERY.replace("__", ".") in str(caught.value)
+
+
+def test_a_teacher_that_is_nowhere_is_refused(shards: Path, tmp_path: Path) -> None:
+    refused(ModelError, ["no such directory"], tmp_path / "nowhere", shards)
