@@ -106,6 +106,8 @@ class DeepSpeedConfig:
                 _set(values, key, getattr(*_section_of(run, recipe_key)))
         _set(values, ACCUMULATION, self._accumulation(run, world_size))
         _set(values, PRECISION, self.dtype == torch.bfloat16)
+        if self.zero_stage == 3:  # DeepSpeed would replace torch's linear process-wide, in the other engine too
+            _set(values, "zero_optimization.memory_efficient_linear", False)
         return values
 
     def _accumulation(self, run: RunConfig, world_size: int) -> int:

@@ -41,7 +41,8 @@ def run_config(**pruning: Any) -> RunConfig:
 def settings(stage: int, world_size: int) -> dict[str, Any]:
     """Buckets far smaller than the model, so that gradients are reduced in many pieces."""
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 5000, "overlap_comm": False}
-    zero |= {"stage3_param_persistence_threshold": 200} if stage == 3 else {"allgather_bucket_size": 5000}
+    zero3 = {"stage3_param_persistence_threshold": 200, "memory_efficient_linear": False}
+    zero |= zero3 if stage == 3 else {"allgather_bucket_size": 5000}
     return {
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": GLOBAL_BATCH // ACCUMULATION // world_size,
@@ -81,8 +82,9 @@ def student_engine(stage: int, run: RunConfig | None = None, seed: int = 0) -> S
 
 def teacher_engine(sharded: bool, seed: int = 0) -> TeacherEngine:
     ranks = Ranks.current()
-    zero3 = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
-    return TeacherEngine(live_bert(seed), BertFamily(), ranks, zero3 if sharded else None)
+    zero3 = {"stage": 3, "memory_efficient_linear": False}
+    settings = {"zero_optimization": zero3, "train_micro_batch_size_per_gpu": 1}
+    return TeacherEngine(live_bert(seed), BertFamily(), ranks, settings if sharded else None)
 
 
 def global_batch(update: int) -> Batch:
