@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from homodistil.ranks import free_port
+
 ARMS = {
     "homodistil": [],
     "one_shot": ["--pruning.schedule", "one_shot"],
@@ -28,10 +30,7 @@ ARMS = {
 LEARNING_RATES = ("1e-3", "3e-4")
 RUNS, ROWS = Path("runs/arms"), Path("docs/experiments/arms.json")
 CURVES = Path("docs/experiments/arms.png")
-COMMAND = (
-    "deepspeed --num_accelerators 2 launchers/pretrain.py --ds_config ds_configs/zero2.json --recipe minilm_real "
-    f"--run.directory {RUNS}"
-).split()
+COMMAND = f"launchers/pretrain.py --ds_config ds_configs/zero2.json --recipe minilm_real --run.directory {RUNS}".split()
 
 
 def main() -> None:
@@ -41,7 +40,8 @@ def main() -> None:
         for arm, flags in ARMS.items():
             name = f"{arm}-{rate}"
             if name not in rows:
-                subprocess.run([*COMMAND, "--run.name", name, "--optimizer.learning_rate", rate, *flags], check=True)
+                launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), *COMMAND]
+                subprocess.run([*launcher, "--run.name", name, "--optimizer.learning_rate", rate, *flags], check=True)
                 rows[name] = {"arm": arm, "learning_rate": float(rate), **measured(RUNS / name)}
                 ROWS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     show(list(rows.values()))

@@ -12,6 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM
 
+from homodistil.ranks import free_port
+
 REPOSITORY = Path(__file__).parents[2]
 KEYS = {
     "recipe", "steps", "world_size", "zero_stage", "seed", "teacher", "student", "validation", "prunes", "seconds",
@@ -21,9 +23,12 @@ KEYS = {
 
 def deepspeed(ranks: int, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """`deepspeed --num_accelerators RANKS launchers/...` from another folder, as a user's shell would start it."""
-    launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks)]
+    program = [sys.executable, str(Path(sys.executable).parent / "deepspeed"), "--master_port", str(free_port())]
+    launcher = [*program, "--num_accelerators", str(ranks)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*launcher, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [*launcher, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def pretrain(ranks: int, stage: int, cwd: Path, *flags: str) -> subprocess.CompletedProcess[str]:
