@@ -24,9 +24,9 @@ ARMS = {
     "one_shot": ["--pruning.schedule", "one_shot"],
     "random_units": ["--pruning.schedule", "one_shot", "--pruning.metric", "random"],
     "random_weights": ["--student.init", "random"],
-    "unpruned": "--pruning.target.hidden 384 --pruning.target.head_width 32 --pruning.target.ffn 1536".split(),
+    "unpruned": ["--pruning.target.hidden", "384", "--pruning.target.head_width", "32", "--pruning.target.ffn", "1536"],
 }
-"""Arm -> what it changes in the recipe. One-shot prunes where the descent would begin, on the scores of those updates."""
+"""Arm -> what it changes in the recipe. One-shot prunes where the descent would begin, on the scores made until then."""
 LEARNING_RATES = ("1e-3", "3e-4")
 RUNS, ROWS = Path("runs/arms"), Path("docs/experiments/arms.json")
 CURVES = Path("docs/experiments/arms.png")

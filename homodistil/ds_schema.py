@@ -45,7 +45,7 @@ class ZeroOptimization(Section):
     round_robin_gradients: bool | None = None
     sub_group_size: int | None = Field(default=None, gt=0)
     memory_efficient_linear: Literal[False] = False
-    """DeepSpeed's own default replaces torch's linear in the whole process, in the other engine too, by a slower one."""
+    """DeepSpeed's default puts a slower linear in place of torch's, in the whole process: in the other engine too."""
     stage3_prefetch_bucket_size: int | None = Field(default=None, ge=0)
     stage3_param_persistence_threshold: int | None = Field(default=None, ge=0)
     stage3_max_live_parameters: int | None = Field(default=None, ge=0)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from homodistil.batch import Batch
+from homodistil.kernels.compiling import compile_encoder
 from homodistil.knowledge.teacher import FrozenModel, Teacher
 from homodistil.models.base import ModelFamily
 from homodistil.models.groups import kept_positions
@@ -61,7 +62,7 @@ class StudentEngine:
         )
         self._zero = ZeroStudent(self._engine)
         if blueprint.run.performance.compile:
-            student.model.base_model.compile()
+            compile_encoder(student.model.base_model)
 
     @classmethod
     def build(
@@ -181,12 +182,19 @@ class TeacherEngine:
     """A frozen model behind `knowledge`: sharded by ZeRO-3 without an optimizer, or a whole copy in each rank."""
 
     def __init__(
-        self, model: PreTrainedModel, family: ModelFamily, ranks: Ranks, settings: dict[str, Any] | None
+        self,
+        model: PreTrainedModel,
+        family: ModelFamily,
+        ranks: Ranks,
+        settings: dict[str, Any] | None,
+        compiled: bool = False,
     ) -> None:
-        """Collective. `settings`: DeepSpeed JSON of a ZeRO-3 engine, or None for a replica."""
+        """Collective. `settings`: DeepSpeed JSON of a ZeRO-3 engine, or None for a replica, which can be compiled."""
         self.config: PretrainedConfig = model.config
         self.parameters = sum(p.numel() for p in model.parameters())
         module = FrozenModel(model, family)
+        if compiled:
+            compile_encoder(model.base_model)
         self._engine, self._module = None, module.to(ranks.device)
         if settings is not None:
             self._engine, *_ = deepspeed.initialize(model=module, config=settings, dist_init_required=False)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from homodistil.models.shape import Widths
-from homodistil.opening import Plan
+from homodistil.opening import Plan, is_sharded
 from homodistil.ranks import Ranks
 from homodistil.student import Student
 
@@ -81,9 +81,8 @@ def _memory_line(plan: Plan, ranks: Ranks) -> str:
     weights = student * width / (world if stage == 3 else 1)
     gradients = student * 4 / (world if stage >= 2 else 1)
     optimizer = student * 12 / world
-    sharded = plan.run.teacher.sharding == "zero3" or (plan.run.teacher.sharding == "auto" and world > 1)
     full = parameters_of(plan, plan.blueprint.full_shape.widths)
-    teacher = full * width / (world if sharded else 1) if plan.run.teacher.path else 0.0
+    teacher = full * width / (world if is_sharded(plan.run, world) else 1) if plan.run.teacher.path else 0.0
     parts = {"student weights": weights, "gradients": gradients, "masters and moments": optimizer, "teacher": teacher}
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     return f"memory per rank before the first prune, GiB: {sum(parts.values()) / GIB:.2f} ({listed}) and activations"

@@ -79,6 +79,7 @@ def plan_run(run: RunConfig, index: ShardIndex, ds_config: DeepSpeedConfig, worl
     """Check that batch, data, teacher and target shape belong together. Raises the error to act on."""
     check_divisions(run.data, index, world_size)
     ds_config.resolved(run, world_size)
+    _check_compile(run, ds_config, world_size)
     config = _original_config(run, index)
     _check_positions(run, config, index)
     _check_vocabulary(run, config, index)
@@ -97,13 +98,19 @@ def plan_run(run: RunConfig, index: ShardIndex, ds_config: DeepSpeedConfig, worl
 
 def open_teacher(plan: Plan, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> TeacherEngine | None:
     """The frozen engine beside the student's, or None for plain training. Collective."""
-    config = plan.run.teacher
-    if config.path is None:
+    run = plan.run
+    if run.teacher.path is None:
         return None
-    model = load_model(config.path, plan.dtype, plan.blueprint.attention)
-    sharding = ranks.default_sharding if config.sharding == "auto" else config.sharding
-    settings = teacher_ds.resolved(plan.run, ranks.world_size) if sharding == "zero3" else None
-    return TeacherEngine(model, plan.family, ranks, settings)
+    model = load_model(run.teacher.path, plan.dtype, plan.blueprint.attention)
+    sharded = is_sharded(run, ranks.world_size)
+    settings = teacher_ds.resolved(run, ranks.world_size) if sharded else None
+    return TeacherEngine(model, plan.family, ranks, settings, compiled=run.performance.compile)
+
+
+def is_sharded(run: RunConfig, world_size: int) -> bool:
+    """Whether the teacher is cut over the ranks; by default where there is more than one."""
+    sharding = run.teacher.sharding
+    return run.teacher.path is not None and (sharding == "zero3" or (sharding == "auto" and world_size > 1))
 
 
 def open_student(plan: Plan, ranks: Ranks) -> StudentEngine:
@@ -124,6 +131,21 @@ def _original_config(run: RunConfig, index: ShardIndex) -> PretrainedConfig:
     if run.teacher.path is None:
         return bert_config(run.student.config, index.vocab_size)
     return load_config(run.teacher.path)
+
+
+def _check_compile(run: RunConfig, ds_config: DeepSpeedConfig, world_size: int) -> None:
+    if not run.performance.compile:
+        return
+    if ds_config.zero_stage == 3:
+        raise ConfigError(
+            f"performance.compile is true, but {ds_config.path} shards the student at ZeRO stage 3, whose gathering "
+            "hooks no graph can hold. Use ZeRO 1 or 2, or set performance.compile to false."
+        )
+    if is_sharded(run, world_size):
+        raise ConfigError(
+            f"performance.compile is true, but teacher.sharding is {run.teacher.sharding}: a teacher sharded by ZeRO-3 "
+            "cannot be compiled. Set teacher.sharding to replicated, or performance.compile to false."
+        )
 
 
 def _check_positions(run: RunConfig, config: PretrainedConfig, index: ShardIndex) -> None:

@@ -31,10 +31,6 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    @property
-    def default_sharding(self) -> str:
-        return "zero3" if self.world_size > 1 else "replicated"
-
     @classmethod
     def current(cls) -> Ranks:
         """The ranks of the process group that is already running."""

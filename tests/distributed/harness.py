@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
-
 from homodistil.batch import Batch
 from homodistil.config import RunConfig
 from homodistil.engine import StudentEngine, TeacherEngine
@@ -38,7 +36,7 @@ def run_config(**pruning: Any) -> RunConfig:
     return RunConfig.model_validate(values)
 
 
-def settings(stage: int, world_size: int) -> dict[str, Any]:
+def settings(stage: int, world_size: int, fused: bool = False) -> dict[str, Any]:
     """Buckets far smaller than the model, so that gradients are reduced in many pieces."""
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 5000, "overlap_comm": False}
     zero3 = {"stage3_param_persistence_threshold": 200, "memory_efficient_linear": False}
@@ -52,6 +50,7 @@ def settings(stage: int, world_size: int) -> dict[str, Any]:
             "type": "AdamW",
             "params": {
                 "torch_adam": True,
+                "fused": fused,
                 "lr": twin.LR,
                 "betas": twin.BETAS,
                 "eps": twin.EPS,

@@ -66,7 +66,13 @@ def test_a_target_wider_than_the_teacher_is_refused(teacher: Path, shards: Path)
 
 
 def test_a_global_batch_that_does_not_divide_names_those_that_do(teacher: Path, shards: Path) -> None:
-    refused(ConfigError, ["data.global_batch", "12", "10", "15"], teacher, shards, data={"global_batch": 12, "micro_batch": 5})
+    refused(
+        ConfigError,
+        ["data.global_batch", "12", "10", "15"],
+        teacher,
+        shards,
+        data={"global_batch": 12, "micro_batch": 5},
+    )
 
 
 def test_lanes_that_do_not_divide_are_refused(teacher: Path, shards: Path) -> None:
@@ -83,7 +89,9 @@ def test_shards_of_other_pieces_are_refused_though_the_size_is_the_same(tmp_path
     other = fixtures.save_bert(tmp_path / "other")
     for name in ("tokenizer.json", "vocab.txt"):
         if (other / name).exists():
-            (other / name).write_text((other / name).read_text().replace('"w17"', '"x17"').replace("\nw17\n", "\nx17\n"))
+            (other / name).write_text(
+                (other / name).read_text().replace('"w17"', '"x17"').replace("\nw17\n", "\nx17\n")
+            )
     refused(ConfigError, ["data.shards", "other pieces", "--tokenizer"], other, shards)
 
 
@@ -127,3 +135,16 @@ def test_a_teacher_with_an_untrained_weight_is_refused_by_the_weights_name(
 
 def test_a_teacher_that_is_nowhere_is_refused(shards: Path, tmp_path: Path) -> None:
     refused(ModelError, ["no such directory"], tmp_path / "nowhere", shards)
+
+
+def test_compiling_what_zero_3_gathers_is_refused_by_name(teacher: Path, shards: Path) -> None:
+    compiled = {"performance": {"compile": True}}
+    refused(ConfigError, ["performance.compile", "teacher.sharding", "replicated"], teacher, shards, 2, **compiled)
+    zero3 = DeepSpeedConfig.load(ZERO2.with_name("zero3.json"))
+    values = {
+        "teacher": {"path": str(teacher)},
+        "data": {"shards": str(shards), "global_batch": 8, "micro_batch": 2, "lanes": 4},
+    }
+    run = RunConfig.model_validate({**values, **compiled})
+    with pytest.raises(ConfigError, match="ZeRO stage 3"):
+        plan_run(run, ShardIndex.load(shards), zero3, 1)
