@@ -26,7 +26,7 @@ ARMS = {
     "random_weights": ["--student.init", "random"],
     "unpruned": ["--pruning.target.hidden", "384", "--pruning.target.head_width", "32", "--pruning.target.ffn", "1536"],
 }
-"""Arm -> what it changes in the recipe. One-shot prunes where the descent would begin, on the scores made until then."""
+"""Arm -> what it changes in the recipe. One-shot prunes where the descent would begin, on the scores made by then."""
 LEARNING_RATES = ("1e-3", "3e-4")
 RUNS, ROWS = Path("runs/arms"), Path("docs/experiments/arms.json")
 CURVES = Path("docs/experiments/arms.png")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from homodistil.hardware import matrix_product_flops
 from homodistil.models.shape import Widths
 from homodistil.opening import Plan, is_sharded
 from homodistil.ranks import Ranks
@@ -54,17 +53,6 @@ def run_flops(plan: Plan) -> float:
         total += (rung.update - since) * update_flops(plan, widths)
         widths, since = rung.widths, rung.update
     return total + (plan.run.run.updates - since) * update_flops(plan, widths)
-
-
-def matrix_product_flops(dtype: torch.dtype, device: torch.device, seconds: float = 0.5) -> float:
-    """FLOP/s of this rank's plain matrix product, the ceiling that the time is quoted against."""
-    a = torch.randn(1024, 768, device=device).to(dtype)
-    b = torch.randn(768, 3072, device=device).to(dtype)
-    count, started = 0, time.perf_counter()
-    while time.perf_counter() - started < seconds:
-        (a @ b).sum().item()
-        count += 1
-    return count * 2 * 1024 * 768 * 3072 / (time.perf_counter() - started)
 
 
 def _ladder_table(plan: Plan) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import torch
@@ -15,6 +16,17 @@ def has_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.get_device_capability()[0] >= 8
     return bool(BF16_FLAGS & _cpu_flags())
+
+
+def matrix_product_flops(dtype: torch.dtype, device: torch.device, seconds: float = 0.5) -> float:
+    """FLOP/s of this rank's plain matrix product, the ceiling that times and utilisation are quoted against."""
+    a = torch.randn(1024, 768, device=device).to(dtype)
+    b = torch.randn(768, 3072, device=device).to(dtype)
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        (a @ b).sum().item()
+        count += 1
+    return count * 2 * 1024 * 768 * 3072 / (time.perf_counter() - started)
 
 
 def _cpu_flags() -> set[str]:

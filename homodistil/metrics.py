@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,14 +32,22 @@ SMALLEST_SHARE = 0.01
 Scalars = Mapping[str, float]
 
 
+class Work(NamedTuple):
+    """What an update takes, over all ranks; only useful arithmetic counts."""
+
+    tokens: int
+    flops: float
+
+
 class Metrics:
     """One run's log, as a context manager. All ranks keep one; only rank 0's shows and writes.
 
     Nothing waits for the device between two logged points.
     """
 
-    def __init__(self, run: RunConfig, ranks: Ranks) -> None:
-        self._run, self._ranks = run, ranks
+    def __init__(self, run: RunConfig, ranks: Ranks, peak_flops: float) -> None:
+        """peak_flops: FLOP/s of one rank's plain matrix product."""
+        self._run, self._ranks, self._peak_flops = run, ranks, peak_flops
         self._clock = _Clock()
         self._window = _Window()
         self._tokens = 0
@@ -66,17 +74,17 @@ class Metrics:
         self,
         update: int,
         losses: Mapping[str, Tensor],
-        tokens: int,
+        work: Work,
         learning_rate: float,
         gradient_norm: Tensor | float | None,
     ) -> None:
         """Count one update; log it if it is due. Collective when due, that is every `run.log_every` updates.
 
         losses: this rank's share of each unweighted term, scalars on any device; summed over ranks they are the
-        update's. tokens: of the whole update, over all ranks. gradient_norm: before clipping.
+        update's. gradient_norm: before clipping.
         """
-        self._window.add(losses, tokens)
-        self._tokens += tokens
+        self._window.add(losses, work)
+        self._tokens += work.tokens
         self._bar.update()
         if update % self._run.run.log_every and update != self._run.run.updates:
             return
@@ -84,7 +92,8 @@ class Metrics:
         means = self._window.means(self._ranks)
         scalars = {
             **loss_scalars(self._run.objective, means),
-            "speed/tokens_per_second": self._window.tokens / seconds,
+            "speed/tokens_per_second": self._window.work.tokens / seconds,
+            "speed/utilisation": self._window.work.flops / seconds / (self._peak_flops * self._ranks.world_size),
             "memory/peak_bytes": float(peak_memory_bytes()),
             "optimizer/learning_rate": learning_rate,
         }
@@ -178,13 +187,13 @@ class _Window:
     """Sums over the updates since the last logged point; they stay on the device until `means`."""
 
     def __init__(self) -> None:
-        self.tokens = 0
+        self.work = Work(0, 0.0)
         self._updates = 0
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, losses: Mapping[str, Tensor], tokens: int) -> None:
+    def add(self, losses: Mapping[str, Tensor], work: Work) -> None:
         self._updates += 1
-        self.tokens += tokens
+        self.work = Work(self.work.tokens + work.tokens, self.work.flops + work.flops)
         for name, loss in losses.items():
             loss = loss.detach().float()
             self._sums[name] = self._sums[name] + loss if name in self._sums else loss

@@ -10,8 +10,9 @@ from homodistil.config import RunConfig
 from homodistil.data.stream import Stream
 from homodistil.ds_config import DeepSpeedConfig
 from homodistil.engine import StudentEngine, TeacherEngine, started_ranks
-from homodistil.forecast import show_forecast
-from homodistil.metrics import Metrics
+from homodistil.forecast import show_forecast, update_flops
+from homodistil.hardware import matrix_product_flops
+from homodistil.metrics import Metrics, Work
 from homodistil.objective.measures import Measures
 from homodistil.opening import Plan, open_student, open_teacher, plan_run, provide_shards, provide_teacher
 from homodistil.pruning.coordinator import PrunePlan, PruningCoordinator
@@ -48,17 +49,18 @@ def train(plan: Plan, teacher_ds_config: DeepSpeedConfig, ranks: Ranks) -> RunSu
     pruner = PruningCoordinator(run.pruning, plan.ladder, student.groups, ranks, run.run.seed)
     held_out = stream.validation(run.validation.sequences, run.data.micro_batch)
 
-    with Metrics(run, ranks) as metrics:
+    with Metrics(run, ranks, matrix_product_flops(plan.dtype, ranks.device)) as metrics:
         metrics.shape(0, vars(student.shape.widths), student.parameters)
         for update, batch in stream.updates(start=student.step, stop=run.run.updates):
             losses = student.accumulate(batch, teacher)  # forward and backward, micro-batches inside
             pruner.observe(student.fragments())  # |w * g|, on this rank's shards only
             rate = learning_rate(run.optimizer, update, run.run.updates)
             student.update(rate)
+            work = Work(plan.tokens_per_update, update_flops(plan, student.shape.widths))
+            metrics.record(update, losses, work, rate, student.gradient_norm)
             if prune := pruner.plan(update):  # collective: one plan, agreed by all
                 student = shrink(student, prune, batch.rows(0, run.data.micro_batch), teacher, metrics)
                 pruner.rebase(student.groups)
-            metrics.record(update, losses, plan.tokens_per_update, rate, student.gradient_norm)
             if update % run.validation.every == 0 or update == run.run.updates:
                 validation = validate(update, student, held_out, teacher, metrics)
     return finish(plan, student, teacher, validation, held_out, metrics, ranks)

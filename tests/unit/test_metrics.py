@@ -14,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from homodistil.config import RunConfig
-from homodistil.metrics import Metrics
+from homodistil.metrics import Metrics, Work
 from homodistil.ranks import Ranks
 from tests.pool import RankPool
 
@@ -47,9 +47,9 @@ def points(directory: Path) -> list[dict[str, float]]:
 
 def record_by_rank(directory: Path) -> None:
     ranks = Ranks.current()
-    with Metrics(config(directory), ranks) as metrics:
+    with Metrics(config(directory), ranks, 1e12) as metrics:
         for update in (1, 2):
-            metrics.record(update, losses(mlm=float(update + ranks.rank), kl=1.0), 10, 1e-3, 0.5)
+            metrics.record(update, losses(mlm=float(update + ranks.rank), kl=1.0), Work(10, 1e9), 1e-3, 0.5)
 
 
 def test_a_point_is_the_mean_over_updates_of_the_sum_over_ranks(ranks_pool: RankPool, tmp_path: Path) -> None:
@@ -62,8 +62,8 @@ def test_a_point_is_the_mean_over_updates_of_the_sum_over_ranks(ranks_pool: Rank
 
 
 def test_total_and_shares_are_weighted(tmp_path: Path) -> None:
-    with Metrics(config(tmp_path, updates=1), ALONE) as metrics:
-        metrics.record(1, losses(mlm=3.0, kl=1.0, hidden=10.0, attention=7.0), 10, 1e-3, None)
+    with Metrics(config(tmp_path, updates=1), ALONE, 1e12) as metrics:
+        metrics.record(1, losses(mlm=3.0, kl=1.0, hidden=10.0, attention=7.0), Work(10, 1e9), 1e-3, None)
     (point,) = points(tmp_path)
     assert point["loss/total"] == pytest.approx(1 * 3 + 2 * 1 + 0.5 * 10)
     assert [point[f"share/{name}"] for name in ("mlm", "kl", "hidden", "attention")] == [0.3, 0.2, 0.5, 0.0]
@@ -71,10 +71,10 @@ def test_total_and_shares_are_weighted(tmp_path: Path) -> None:
 
 
 def test_tensorboard_holds_the_same_points_as_the_json_lines(tmp_path: Path) -> None:
-    with Metrics(config(tmp_path), ALONE) as metrics:
+    with Metrics(config(tmp_path), ALONE, 1e12) as metrics:
         metrics.shape(0, WIDTHS, 1000)
         for update in range(1, 5):
-            metrics.record(update, losses(mlm=float(update)), 10, 1e-3, torch.tensor(0.25))
+            metrics.record(update, losses(mlm=float(update)), Work(10, 1e9), 1e-3, torch.tensor(0.25))
         metrics.validation(4, {"mlm_loss": 2.5, "kl": None})
         metrics.pruned(4, {**WIDTHS, "hidden": 24}, 500, kl_before=0.5, kl_after=0.75, seconds=0.1)
     board = EventAccumulator(str(tmp_path / "tried" / "tensorboard")).Reload()
@@ -101,11 +101,11 @@ def test_nothing_waits_for_the_device_between_points(tmp_path: Path, monkeypatch
 
     for name in ("item", "tolist", "__float__"):
         monkeypatch.setattr(torch.Tensor, name, watched(name, getattr(torch.Tensor, name)))
-    with Metrics(config(tmp_path, updates=9, log_every=3), ALONE) as metrics:
+    with Metrics(config(tmp_path, updates=9, log_every=3), ALONE, 1e12) as metrics:
         for update in (1, 2):
-            metrics.record(update, losses(mlm=1.0), 10, 1e-3, torch.tensor(1.0))
+            metrics.record(update, losses(mlm=1.0), Work(10, 1e9), 1e-3, torch.tensor(1.0))
         assert not waits
-        metrics.record(3, losses(mlm=1.0), 10, 1e-3, torch.tensor(1.0))
+        metrics.record(3, losses(mlm=1.0), Work(10, 1e9), 1e-3, torch.tensor(1.0))
         assert waits
 
 
@@ -113,37 +113,37 @@ def test_a_faint_term_is_named_once_and_only_after_the_first_prune(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     faint = losses(mlm=3.0, kl=0.001, hidden=1.0, attention=1.0)
-    with caplog.at_level(logging.WARNING), Metrics(config(tmp_path, log_every=1), ALONE) as metrics:
-        metrics.record(1, faint, 10, 1e-3, None)
+    with caplog.at_level(logging.WARNING), Metrics(config(tmp_path, log_every=1), ALONE, 1e12) as metrics:
+        metrics.record(1, faint, Work(10, 1e9), 1e-3, None)
         assert not caplog.records
         metrics.pruned(1, WIDTHS, 500, kl_before=0.0, kl_after=0.1, seconds=0.1)
-        metrics.record(2, faint, 10, 1e-3, None)
-        metrics.record(3, faint, 10, 1e-3, None)
+        metrics.record(2, faint, Work(10, 1e9), 1e-3, None)
+        metrics.record(3, faint, Work(10, 1e9), 1e-3, None)
     assert ["objective.kl" in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_pauses_do_not_slow_the_reported_throughput(tmp_path: Path) -> None:
-    with Metrics(config(tmp_path, updates=1), ALONE) as metrics:
+    with Metrics(config(tmp_path, updates=1), ALONE, 1e12) as metrics:
         with metrics.paused():
             time.sleep(0.3)
-        metrics.record(1, losses(mlm=1.0), 1000, 1e-3, None)
+        metrics.record(1, losses(mlm=1.0), Work(1000, 1e9), 1e-3, None)
         assert metrics.seconds < 0.25
         assert metrics.tokens_per_second > 1000 / 0.25
 
 
 def test_a_second_run_of_the_same_name_begins_a_new_log(tmp_path: Path) -> None:
     for loss in (1.0, 2.0):
-        with Metrics(config(tmp_path, updates=1), ALONE) as metrics:
-            metrics.record(1, losses(mlm=loss), 10, 1e-3, None)
+        with Metrics(config(tmp_path, updates=1), ALONE, 1e12) as metrics:
+            metrics.record(1, losses(mlm=loss), Work(10, 1e9), 1e-3, None)
     assert [point["loss/mlm"] for point in points(tmp_path)] == [2.0]
     board = EventAccumulator(str(tmp_path / "tried" / "tensorboard")).Reload()
     assert [event.value for event in board.Scalars("loss/mlm")] == [2.0]
 
 
 def test_a_log_file_gets_lines_not_a_redrawn_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Metrics(config(tmp_path, updates=1), ALONE) as metrics:
+    with Metrics(config(tmp_path, updates=1), ALONE, 1e12) as metrics:
         metrics.shape(0, WIDTHS, 1000)
-        metrics.record(1, losses(mlm=1.5), 10, 1e-3, None)
+        metrics.record(1, losses(mlm=1.5), Work(10, 1e9), 1e-3, None)
     shown = capsys.readouterr().err
     assert "\r" not in shown
     *_, last = filter(None, shown.splitlines())
