@@ -44,6 +44,8 @@ def started_ranks() -> Iterator[Ranks]:
     share_cores()
     deepspeed.init_distributed(verbose=False, timeout=PATIENCE)
     ranks = Ranks.current()
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)  # collectives of objects use the current one
     yield ranks
     ranks.barrier()
     torch.distributed.destroy_process_group()

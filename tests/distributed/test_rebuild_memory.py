@@ -82,7 +82,7 @@ def twenty_prunes(stage: int) -> list[tuple[float, int, int]]:
 
 @STAGES
 def test_after_each_of_twenty_prunes_only_the_narrower_engine_is_alive(pool: Any, stage: int) -> None:
-    for rank in pool(2).run(twenty_prunes, stage):
+    for rank in pool(2).run(twenty_prunes, stage, timeout=400):
         assert [hidden for _, _, hidden in rank] == [240 - 6 * k for k in range(1, PRUNES + 1)]
         assert {engines for _, engines, _ in rank} == {1}
         assert all(abs(ratio - 1) < 0.01 for ratio, _, _ in rank), rank
@@ -109,5 +109,5 @@ def everything(shape: StudentShape) -> PrunePlan:
 
 @STAGES
 def test_a_rebuild_at_constant_width_leaks_less_than_a_megabyte(pool: Any, stage: int) -> None:
-    for grown in pool(2).run(growth_per_rebuild, stage):
+    for grown in pool(2).run(growth_per_rebuild, stage, timeout=400):
         assert grown < 2**20
