@@ -29,7 +29,7 @@ def pretrain(
         index = provide_shards(run, ranks)
 
         def train_teacher(first: RunConfig) -> None:
-            train(plan_run(first, index, ds_config, ranks.world_size), teacher_ds_config, ranks)
+            train(plan_run(ds_config.adopted_by(first), index, ds_config, ranks.world_size), teacher_ds_config, ranks)
 
         provide_teacher(run, ranks, train_teacher)
         plan = plan_run(run, index, ds_config, ranks.world_size)
