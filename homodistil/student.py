@@ -83,7 +83,8 @@ class Student(nn.Module):
         signals = self.family.signals(self.model, rows)
         if counts is None:
             return measure(signals, teacher, rows)
-        losses = self.objective(signals, teacher, rows, Counts(counts), self.aligners)
+        # Past its hooks: it has no parameters to gather, and ZeRO-3's hooks cannot walk signals.
+        losses = self.objective.forward(signals, teacher, rows, Counts(counts), self.aligners)
         return losses.total, losses.parts
 
 

@@ -51,11 +51,13 @@ def resident_bytes() -> int:
 
 
 def analytic_bytes(engine: StudentEngine, pruner: PruningCoordinator, stage: int) -> float:
-    """fp32 working weights, whole or sharded, a share of master and two moments, and the smoothed sums."""
+    """fp32 working weights, whole or sharded, a share of master and two moments, and the smoothed sums; stage 3
+    keeps its gradient partitions besides."""
     sums = sum(vector.nbytes for vector in pruner._importance._metric.vectors.values())
     elements = sum(shape.numel() for shape in engine._zero.shapes.values())
     world_size = Ranks.current().world_size
-    return 4 * elements / (world_size if stage == 3 else 1) + 12 * elements / world_size + sums
+    working = 8 * elements / world_size if stage == 3 else 4 * elements
+    return working + 12 * elements / world_size + sums
 
 
 def twenty_prunes(stage: int) -> list[tuple[float, int, int]]:
