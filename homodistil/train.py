@@ -51,6 +51,7 @@ def train(plan: Plan, teacher_ds_config: DeepSpeedConfig, ranks: Ranks) -> RunSu
 
     with Metrics(run, ranks, matrix_product_flops(plan.dtype, ranks.device)) as metrics:
         metrics.shape(0, vars(student.shape.widths), student.parameters)
+        validation = validate(0, student, held_out, teacher, metrics)  # the student is the teacher: KL is 0
         for update, batch in stream.updates(start=student.step, stop=run.run.updates):
             losses = student.accumulate(batch, teacher)  # forward and backward, micro-batches inside
             pruner.observe(student.fragments())  # |w * g|, on this rank's shards only
