@@ -148,3 +148,11 @@ def test_a_log_file_gets_lines_not_a_redrawn_bar(tmp_path: Path, capsys: pytest.
     assert "\r" not in shown
     *_, last = filter(None, shown.splitlines())
     assert "tried 48/96: 1/1" in last and "mlm=1.5" in last
+
+
+def test_utilisation_is_useful_arithmetic_over_the_matrix_product_of_the_same_seconds(tmp_path: Path) -> None:
+    with Metrics(config(tmp_path, updates=1), ALONE, 5e9) as metrics:
+        metrics.record(1, losses(mlm=1.0), Work(1000, 2e9), 1e-3, None)
+    (point,) = points(tmp_path)
+    seconds = 1000 / point["speed/tokens_per_second"]
+    assert point["speed/utilisation"] == pytest.approx(2e9 / (5e9 * seconds))
