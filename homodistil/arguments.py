@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from pydantic import BaseModel, create_model
-from pydantic_settings import BaseSettings, CliSettingsSource
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
 from homodistil.errors import ConfigError, nearest
 
@@ -32,7 +32,10 @@ def parse(model: type[BaseModel], program: str, arguments: Sequence[str]) -> dic
         cli_hide_none_type=True,
         cli_use_class_docs_for_groups=True,
     )
-    return source(args=list(arguments))()
+    try:
+        return source(args=list(arguments))()
+    except SettingsError as error:
+        raise ConfigError(f"{error}. See `{program} --help`.") from None
 
 
 def _parse_known(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:

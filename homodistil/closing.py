@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from homodistil.batch import Batch
@@ -36,6 +37,7 @@ class Outcome:
     validation: Measures
     metrics: Metrics
     peak_memory_bytes: int
+    device: torch.device
 
 
 def finish(
@@ -58,6 +60,7 @@ def finish(
         validation=validation,
         metrics=metrics,
         peak_memory_bytes=max(ranks.gather(peak_memory_bytes())),
+        device=ranks.device,
     )
     student.close()
     if teacher:
@@ -104,7 +107,8 @@ def _validation(outcome: Outcome, held_out: list[Batch]) -> Validation:
     dtype = str(outcome.plan.dtype).removeprefix("torch.")
 
     def speed(model: Path) -> float:
-        return score(load_stock(model, dtype), held_out)["tokens_per_second"]
+        stock = load_stock(model, dtype).to(outcome.device)  # type: ignore[arg-type]  # a decorator hides its signature
+        return score(stock, held_out)["tokens_per_second"]
 
     teacher = None
     if measures.teacher_mlm_loss is not None and measures.teacher_mlm_accuracy is not None and run.teacher.path:

@@ -8,7 +8,7 @@ recipe.py's.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
@@ -16,11 +16,15 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from homodistil.errors import ConfigError
 from homodistil.recipe import Origin, explain, merge, read_recipe, recipe_path
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values are checked when assigned."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class RunSection(Section):
@@ -58,7 +62,9 @@ class TeacherConfig(Section):
     def _none_is_no_teacher(cls, data: Any) -> Any:
         if isinstance(data, str):
             data = {"path": data}
-        if isinstance(data, dict) and str(data.get("path", "")).lower() in {"none", ""}:
+        if isinstance(data, dict) and data.get("path") == "":
+            raise ValueError("path is empty; give a model, or `none` for plain training")
+        if isinstance(data, dict) and str(data.get("path")).lower() == "none":
             data = {**data, "path": None}
         return data
 
@@ -92,7 +98,7 @@ class DataConfig(Section):
     global_batch: int = Field(default=64, ge=1)
     """Sequences an update, over all ranks."""
     micro_batch: int = Field(default=32, ge=1)
-    """Sequences a forward pass, on one rank; the rest is accumulated."""
+    """Sequences a forward pass, on one rank, at most; the rest is accumulated."""
     lanes: int = Field(default=64, ge=1)
     """Fixed lanes the shards are dealt to: divides the global batch, and is divided by the world size."""
     mask_probability: float = Field(default=0.15, gt=0, lt=1)
@@ -112,7 +118,7 @@ class OptimizerConfig(Section):
     """Share of the updates over which the rate rises linearly; ends at or before `pruning.start`."""
     schedule: Literal["linear", "constant"] = "linear"
     """After warm-up: fall linearly to zero, or stay."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Adam's moment decays."""
     eps: float = Field(default=1e-6, gt=0)
     """Adam's epsilon."""

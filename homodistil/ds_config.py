@@ -104,37 +104,37 @@ class DeepSpeedConfig:
         for key, recipe_key in OWNED_BY_RECIPE.items():
             if "optimizer" in values or not key.startswith("optimizer."):
                 _set(values, key, getattr(*_section_of(run, recipe_key)))
-        _set(values, ACCUMULATION, self._accumulation(run, world_size))
+        micro_batch = micro_batch_size(run.data.global_batch, run.data.micro_batch, world_size)
+        _set(values, "train_micro_batch_size_per_gpu", micro_batch)
+        _set(values, ACCUMULATION, self._accumulation(run, micro_batch, world_size))
         _set(values, PRECISION, self.dtype == torch.bfloat16)
         if self.zero_stage == 3:  # DeepSpeed would replace torch's linear process-wide, in the other engine too
             _set(values, "zero_optimization.memory_efficient_linear", False)
         return values
 
-    def _accumulation(self, run: RunConfig, world_size: int) -> int:
+    def _accumulation(self, run: RunConfig, micro_batch: int, world_size: int) -> int:
         data = run.data
-        steps = accumulation(data.global_batch, data.micro_batch, world_size)
+        steps = data.global_batch // (micro_batch * world_size)
         if self.values.get(ACCUMULATION, steps) != steps:
             raise ConfigError(
                 f"{self.path}: {ACCUMULATION} is {self.values[ACCUMULATION]}, but data.global_batch "
-                f"{data.global_batch} is data.micro_batch {data.micro_batch} x {world_size} rank(s) x {steps}. "
+                f"{data.global_batch} is micro-batches of {micro_batch} x {world_size} rank(s) x {steps}. "
                 'Write "auto" in the JSON.'
             )
         return steps
 
 
-def accumulation(global_batch: int, micro_batch: int, world_size: int) -> int:
-    """Micro-batches per rank and update. Raises `ConfigError`, naming the nearest batches that divide."""
-    together = micro_batch * world_size
-    steps, rest = divmod(global_batch, together)
-    if rest == 0:
-        return steps
-    batches = " or ".join(str(n * together) for n in (steps, steps + 1) if n)
-    fitting = [n for n in range(1, micro_batch) if global_batch % (n * world_size) == 0]
-    raise ConfigError(
-        f"data.global_batch {global_batch} is not a multiple of data.micro_batch {micro_batch} x {world_size} rank(s) "
-        f"= {together}. Set data.global_batch to {batches}"
-        + (f", or data.micro_batch to {fitting[-1]}." if fitting else ".")
-    )
+def micro_batch_size(global_batch: int, largest: int, world_size: int) -> int:
+    """The largest micro-batch, up to `largest`, of which every rank does equally many in an update. Raises
+    `ConfigError`, naming the nearest global batches that the ranks can share."""
+    share, rest = divmod(global_batch, world_size)
+    if rest:
+        batches = " or ".join(str(n * world_size) for n in (share, share + 1) if n)
+        raise ConfigError(
+            f"data.global_batch {global_batch} is not a multiple of {world_size} rank(s). Set data.global_batch to "
+            f"{batches}, or start another number of ranks."
+        )
+    return next(size for size in range(min(largest, share), 0, -1) if share % size == 0)
 
 
 def _section_of(run: RunConfig, key: str) -> tuple[Any, str]:

@@ -151,7 +151,7 @@ class StudentEngine:
         student = Student.unfilled(self._blueprint, self.shape).to(self._ranks.device)
         everything = {name: Range(0, shape.numel()) for name, shape in self._zero.shapes.items()}
         parameters = dict(student.named_parameters())
-        for name, piece in self.export().moved(everything, self._ranks.device):
+        for name, piece in self._zero.export((MASTER,)).moved(everything, self._ranks.device):
             parameters[name].data.copy_(piece.values[MASTER].view(piece.shape))
         return student
 
@@ -159,7 +159,9 @@ class StudentEngine:
         """The model's fp32 masters by their Hugging Face names, whole, on rank 0 alone. Collective: every rank must
         exhaust it."""
         layout = {name: Range(0, shape.numel()) for name, shape in self._zero.shapes.items()}
-        for name, piece in self.export().moved(layout if self._ranks.is_first else {}, self._ranks.device):
+        for name, piece in self._zero.export((MASTER,)).moved(
+            layout if self._ranks.is_first else {}, self._ranks.device
+        ):
             if name.startswith(f"{MODEL}."):
                 yield name.removeprefix(f"{MODEL}."), piece.values[MASTER].view(piece.shape).cpu()
 
@@ -197,10 +199,10 @@ class TeacherEngine:
         module = FrozenModel(model, family)
         if compiled:
             compile_encoder(model.base_model)
-        self._engine, self._module = None, module.to(ranks.device)
+        self._engine = None
         if settings is not None:
             self._engine, *_ = deepspeed.initialize(model=module, config=settings, dist_init_required=False)
-            self._module = self._engine
+        self._module = self._engine or module.to(ranks.device)
 
     def knowledge(self, batch: Batch) -> Knowledge:
         """Collective if sharded."""

@@ -56,7 +56,7 @@ def export_student(
     tokenizer: whatever `open_tokenizer` reads. Raises `ShapeError` if no stock config expresses `shape`, `ModelError`
     if weights and shape do not belong together or `directory` holds something else.
     """
-    _refuse_to_replace_anything_else(directory)
+    refuse_to_replace_anything_else(directory)
     model = _stock_model(weights, blueprint, shape)
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -101,7 +101,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:
     return {(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
-def _refuse_to_replace_anything_else(directory: Path) -> None:
+def refuse_to_replace_anything_else(directory: Path) -> None:
     if directory.exists() and not (directory / PROVENANCE).is_file():
         raise ModelError(f"{directory}: exists, and is no earlier export: it has no {PROVENANCE}. Move it away.")
 

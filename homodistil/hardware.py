@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 CPUINFO = Path("/proc/cpuinfo")
+PRODUCTS = 10
+"""Matrix products between two looks at the clock."""
 BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
@@ -22,10 +24,13 @@ def matrix_product_flops(dtype: torch.dtype, device: torch.device, seconds: floa
     """FLOP/s of this rank's plain matrix product, the ceiling that times and utilisation are quoted against."""
     a = torch.randn(1024, 768, device=device).to(dtype)
     b = torch.randn(768, 3072, device=device).to(dtype)
+    (a @ b).sum().item()  # libraries load at the first product
     count, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
-        (a @ b).sum().item()
-        count += 1
+        for _ in range(PRODUCTS):
+            product = a @ b
+        product[0, 0].item()  # waits for all of them
+        count += PRODUCTS
     return count * 2 * 1024 * 768 * 3072 / (time.perf_counter() - started)
 
 

@@ -19,7 +19,8 @@ from homodistil.data.stream import check_divisions
 from homodistil.data.tokenizer import tokenizer_hash
 from homodistil.ds_config import DeepSpeedConfig
 from homodistil.engine import StudentEngine, TeacherEngine
-from homodistil.errors import ConfigError
+from homodistil.errors import ConfigError, DataError
+from homodistil.export import refuse_to_replace_anything_else
 from homodistil.models import family_of
 from homodistil.models.attention import attention_implementation
 from homodistil.models.base import ModelFamily
@@ -33,8 +34,8 @@ from homodistil.student import Blueprint
 def provide_shards(run: RunConfig, ranks: Ranks) -> ShardIndex:
     """The index of `data.shards`, building them from `data.source` first if they do not exist. Collective."""
     data = run.data
-    if data.source and not (data.shards / "index.json").is_file():
-        source = data.source
+    source = data.source
+    if source and not ranks.broadcast((data.shards / "index.json").is_file()):
         ranks.once(lambda: build_shards(source, data.shards, shards=data.lanes, progress=True))
     return ShardIndex.load(data.shards)
 
@@ -80,6 +81,8 @@ def plan_run(run: RunConfig, index: ShardIndex, ds_config: DeepSpeedConfig, worl
     check_divisions(run.data, index, world_size)
     ds_config.resolved(run, world_size)
     _check_compile(run, ds_config, world_size)
+    _check_destination(run)
+    _check_tokenizer(run, index)
     config = _original_config(run, index)
     _check_positions(run, config, index)
     _check_vocabulary(run, config, index)
@@ -88,6 +91,14 @@ def plan_run(run: RunConfig, index: ShardIndex, ds_config: DeepSpeedConfig, worl
     blueprint = Blueprint(family, config, run, attention)
     full = blueprint.full_shape
     ladder = Ladder.plan(run.pruning, run.run.updates, full.widths)
+    if ladder.rungs and run.teacher.path is None:
+        raise ConfigError(
+            "pruning.target is set, but there is no teacher to prune out of. Set teacher.path or drop it."
+        )
+    if run.teacher.path and run.student.config:
+        raise ConfigError(
+            "student.config describes a model made from nothing, but teacher.path is set. Drop one of them."
+        )
     if ladder.rungs:
         family.stock_config(config, ladder.rungs[-1].widths)  # refuses what cannot be exported
     start = full
@@ -128,9 +139,28 @@ def _first_model(plan: Plan) -> PreTrainedModel:
 
 
 def _original_config(run: RunConfig, index: ShardIndex) -> PretrainedConfig:
+    """Of the teacher, even if its recipe is still to make it, or of the model made from nothing."""
     if run.teacher.path is None:
         return bert_config(run.student.config, index.vocab_size)
+    if run.teacher.recipe and not Path(run.teacher.path).exists():
+        return bert_config(RunConfig.load(run.teacher.recipe).student.config, index.vocab_size)
     return load_config(run.teacher.path)
+
+
+def _check_destination(run: RunConfig) -> None:
+    destination = run.run.path / "student"
+    if run.teacher.path and destination.resolve() == Path(run.teacher.path).resolve():
+        raise ConfigError(
+            f"teacher.path {run.teacher.path} is where this run would leave its student. Give --run.name."
+        )
+    refuse_to_replace_anything_else(destination)
+
+
+def _check_tokenizer(run: RunConfig, index: ShardIndex) -> None:
+    """The shards' own copy goes out with the student, at the very end."""
+    folder = run.data.shards / index.tokenizer_name
+    if tokenizer_hash(folder) != index.tokenizer_sha256:
+        raise DataError(f"{folder}: not the tokenizer that made these shards. Restore it, or build the shards again.")
 
 
 def _check_compile(run: RunConfig, ds_config: DeepSpeedConfig, world_size: int) -> None:
@@ -161,14 +191,14 @@ def _check_vocabulary(run: RunConfig, config: PretrainedConfig, index: ShardInde
     """The same size and, where the teacher brings its tokenizer, the same pieces."""
     teacher = run.teacher.path
     found = f"a vocabulary of {index.vocab_size}, but the teacher has {config.vocab_size}"
-    if teacher and config.vocab_size == index.vocab_size:
+    if teacher is None or (run.teacher.recipe and not Path(teacher).exists()):
+        return  # made on these shards
+    if config.vocab_size == index.vocab_size:
         directory = model_directory(teacher)
         has_tokenizer = any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
         if not has_tokenizer or tokenizer_hash(directory) == index.tokenizer_sha256:
             return
         found = f"other pieces than those of the teacher's vocabulary, both {index.vocab_size}"
-    elif teacher is None:
-        return
     raise ConfigError(
         f"data.shards {run.data.shards}: tokenized with {found}. Build shards with the teacher's own tokenizer: "
         f"data_prep/build_shards.py --tokenizer {teacher}."

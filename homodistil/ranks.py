@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from homodistil.errors import DivergenceError
+from homodistil.errors import ConfigError, DivergenceError
 
 T = TypeVar("T")
 
@@ -65,8 +65,7 @@ class Ranks:
         different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if different:
             raise DivergenceError(
-                f"{what}: rank(s) {different} hold another value than rank 0. "
-                "The run cannot go on; restart it from the last checkpoint."
+                f"{what}: rank(s) {different} hold another value than rank 0. The run cannot go on; start it again."
             )
 
     def once(self, work: Callable[[], T]) -> T:
@@ -103,6 +102,11 @@ def rendezvous() -> None:
     if "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
         for name, source in slurm.items():
             os.environ.setdefault(name, os.environ[source])
+    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and not {"RANK", "MASTER_ADDR"} & os.environ.keys():
+        raise ConfigError(
+            "srun started several tasks, but MASTER_ADDR is not set. Before srun: export MASTER_PORT=29500 "
+            'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+        )
     if "RANK" not in os.environ and not any(name.startswith(("OMPI_COMM", "PMI_")) for name in os.environ):
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(free_port())

@@ -31,11 +31,11 @@ def pretrain(
         def train_teacher(first: RunConfig) -> None:
             train(plan_run(ds_config.adopted_by(first), index, ds_config, ranks.world_size), teacher_ds_config, ranks)
 
-        provide_teacher(run, ranks, train_teacher)
-        plan = plan_run(run, index, ds_config, ranks.world_size)
+        plan = plan_run(run, index, ds_config, ranks.world_size)  # all that can be refused, before any training
         if dry_run:
             show_forecast(plan, ranks)
         else:
+            provide_teacher(run, ranks, train_teacher)
             train(plan, teacher_ds_config, ranks)
 
 

@@ -27,7 +27,7 @@ from homodistil.pruning.coordinator import PruningCoordinator
 from homodistil.pruning.ladder import Ladder
 from homodistil.ranks import Ranks
 from homodistil.schedule import learning_rate
-from homodistil.student import as_tuple
+from homodistil.student import Student, as_tuple
 
 SETTLING = 50
 """Updates between the first rung and the measurement."""
@@ -42,6 +42,9 @@ def measure_weights(run: RunConfig, ds_config: DeepSpeedConfig, teacher_ds_confi
         plan = plan_run(run, provide_shards(run, ranks), ds_config, ranks.world_size)
         if not plan.ladder.rungs or run.teacher.path is None:
             raise ConfigError(f"recipe {run.recipe}: measure-weights needs teacher.path and a narrower pruning.target.")
+        needed = plan.ladder.rungs[0].update + SETTLING + UPDATES
+        if needed > run.run.updates:
+            raise ConfigError(f"run.updates is {run.run.updates}: too short to measure, which takes {needed} updates.")
         norms = settled_norms(plan, teacher_ds_config, ranks)
         if ranks.is_first:
             _show(norms)
@@ -55,7 +58,11 @@ def settled_norms(plan: Plan, teacher_ds_config: DeepSpeedConfig, ranks: Ranks) 
     batches = Stream(plan.run.data, plan.run.run.seed, ranks).updates(0, settling + UPDATES)
     with progress_bar("settling", settling, "update", shown=ranks.is_first) as bar:
         student = _settled(plan, ranks, teacher, islice(batches, settling), bar)
-    return gradient_norms(student, teacher, plan.run.objective, [batch for _, batch in batches], ranks)
+    module = student.replica()
+    student.close()
+    norms = gradient_norms(module, teacher, plan.run.objective, [batch for _, batch in batches], ranks)
+    teacher.close()
+    return norms
 
 
 def _settled(
@@ -77,15 +84,14 @@ def _settled(
 
 
 def gradient_norms(
-    student: StudentEngine, teacher: TeacherEngine, config: ObjectiveConfig, batches: list[Batch], ranks: Ranks
+    module: Student, teacher: TeacherEngine, config: ObjectiveConfig, batches: list[Batch], ranks: Ranks
 ) -> dict[str, float]:
-    """Norm of each unweighted term's gradient with respect to the student's model, over all `batches` and ranks.
-    Holds a whole fp32 student in each rank. Collective."""
-    module = student.replica()
+    """Norm of the gradient of each term that has a weight, unweighted, with respect to the student's model, over all
+    `batches` and ranks. `module`: a whole fp32 student in each rank. Collective."""
     parameters = list(module.model.parameters())
     norms = {}
-    for term in ObjectiveConfig.model_fields:
-        module.objective = Objective(_only(term, config), student.shape, "auto").to(ranks.device)
+    for term in (name for name in ObjectiveConfig.model_fields if getattr(config, name).weight > 0):
+        module.objective = Objective(_only(term, config), module.shape, "auto").to(ranks.device)
         gradients = [torch.zeros_like(p) for p in parameters]
         for batch in batches:
             _add_gradients(gradients, module, parameters, batch.to(ranks.device), teacher, ranks)
@@ -96,7 +102,7 @@ def gradient_norms(
 
 def _add_gradients(
     gradients: list[Tensor],
-    module: torch.nn.Module,
+    module: Student,
     parameters: list[torch.nn.Parameter],
     batch: Batch,
     teacher: TeacherEngine,

@@ -61,13 +61,14 @@ class ZeroStudent:
             shape = self._partition.shape(parameter)
             yield Fragment(name, shape, owned.start, weight, gradient, self.buffers.setdefault(name, {}))
 
-    def export(self) -> StudentState:
-        """Copies of all that this rank owns: masters, moments, buffers."""
+    def export(self, kinds: tuple[str, ...] = (MASTER, EXP_AVG, EXP_AVG_SQ)) -> StudentState:
+        """What this rank owns: copies of masters and moments, and all buffers; with fewer `kinds`, only those."""
         pieces = {}
         for name, owned in self._owned.items():
             parameter = self._parameters[name]
-            values = {kind: self._partition.view(parameter, kind).clone() for kind in (MASTER, EXP_AVG, EXP_AVG_SQ)}
-            values |= self.buffers.get(name, {})
+            values = {kind: self._partition.view(parameter, kind).clone() for kind in kinds}
+            if EXP_AVG in kinds:
+                values |= self.buffers.get(name, {})
             pieces[name] = Piece(self._partition.shape(parameter), owned.start, values)
         return StudentState(pieces, self.shapes, self.step)
 

@@ -138,7 +138,8 @@ class Lane:
 def check_divisions(config: DataConfig, index: ShardIndex, world_size: int) -> None:
     """K divides b, W divides K, K divides S, all shards have n sequences, and a lane has rows for an update."""
     batch, lanes, entries = config.global_batch, config.lanes, index.splits["train"]
-    workable = [k for k in range(1, batch + 1) if batch % k == 0 and k % world_size == 0 and len(entries) % k == 0]
+    candidates = range(world_size, min(batch, len(entries)) + 1, world_size)
+    workable = [k for k in candidates if batch % k == 0 and len(entries) % k == 0]
     instead = f"Lanes that would work here: {', '.join(map(str, workable)) or 'none'}."
     if batch % lanes:
         below, above = batch // lanes * lanes, (batch // lanes + 1) * lanes

@@ -63,10 +63,10 @@ class PruningCoordinator:
                 "all ranks, so there are no scores. Start later, or lower optimizer.learning_rate."
             )
         chosen = PrunePlan(update, widths, select(self._groups, self._importance.scores(), widths))
-        self._latest = self._ranks.broadcast(chosen)
         sizes = [f"{group.name}={group.size}" for group in self._groups]
-        self._ranks.assert_same(f"prune plan after update {update}", f"{self._latest.digest} of {sizes}")
-        return self._latest
+        self._ranks.assert_same(f"prune plan after update {update}", f"{chosen.digest} of {sizes}")
+        self._latest = chosen
+        return chosen
 
     def rebase(self, groups: Sequence[PrunableGroup]) -> None:
         """Go on with the student that the latest plan made: `groups` are its own."""

@@ -13,7 +13,7 @@ from deepspeed.runtime.config import DeepSpeedConfig as DeepSpeedsOwn
 from homodistil import hardware
 from homodistil.cli import DS_CONFIGS
 from homodistil.config import RunConfig
-from homodistil.ds_config import DeepSpeedConfig, accumulation
+from homodistil.ds_config import DeepSpeedConfig, micro_batch_size
 from homodistil.errors import ConfigError
 
 STUDENTS = ("zero1", "zero2", "zero3")
@@ -188,20 +188,24 @@ def test_a_missing_file_and_broken_json_are_refused_by_name(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("global_batch", "micro_batch", "world_size", "mends"),
-    [
-        (100, 32, 2, ["64 or 128", "data.micro_batch to 25"]),
-        (16, 32, 1, ["data.global_batch to 32", "data.micro_batch to 16"]),
-        (7, 4, 2, ["data.global_batch to 8."]),
-    ],
+    ("global_batch", "world_size", "mends"), [(100, 8, "96 or 104"), (7, 2, "6 or 8"), (1, 2, "2")]
 )
-def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_do(
-    global_batch: int, micro_batch: int, world_size: int, mends: list[str]
+def test_a_batch_that_the_ranks_cannot_share_is_refused_with_the_nearest_that_they_can(
+    global_batch: int, world_size: int, mends: str
 ) -> None:
     with pytest.raises(ConfigError) as error:
-        accumulation(global_batch, micro_batch, world_size)
+        micro_batch_size(global_batch, 4, world_size)
     assert f"data.global_batch {global_batch}" in str(error.value)
-    assert all(mend in str(error.value) for mend in mends)
+    assert f"data.global_batch to {mends}," in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "largest", "world_size", "size"), [(32, 16, 1, 16), (32, 16, 8, 4), (12, 5, 1, 4), (16, 32, 1, 16)]
+)
+def test_a_micro_batch_is_the_largest_of_which_every_rank_does_equally_many(
+    global_batch: int, largest: int, world_size: int, size: int
+) -> None:
+    assert micro_batch_size(global_batch, largest, world_size) == size
 
 
 def test_accumulation_in_the_json_that_contradicts_the_batches_is_refused(written: Any) -> None:

@@ -31,7 +31,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def opened(teacher: Path, shards: Path, world_size: int = 1, **sections: Any) -> Any:
+def opened(teacher: Path, shards: Path, world_size: int = 1, /, **sections: Any) -> Any:
     values: dict[str, Any] = {
         "teacher": {"path": str(teacher)},
         "data": {"shards": str(shards), "global_batch": 8, "micro_batch": 2, "lanes": 4},
@@ -65,14 +65,9 @@ def test_a_target_wider_than_the_teacher_is_refused(teacher: Path, shards: Path)
     refused(ShapeError, ["pruning.target.ffn", "200", "136"], teacher, shards, pruning={"target": {"ffn": 200}})
 
 
-def test_a_global_batch_that_does_not_divide_names_those_that_do(teacher: Path, shards: Path) -> None:
-    refused(
-        ConfigError,
-        ["data.global_batch", "12", "10", "15"],
-        teacher,
-        shards,
-        data={"global_batch": 12, "micro_batch": 5},
-    )
+def test_a_global_batch_that_the_ranks_cannot_share_names_those_they_can(teacher: Path, shards: Path) -> None:
+    data = {"global_batch": 10, "lanes": 4}
+    refused(ConfigError, ["data.global_batch = 10", "8 or 12"], teacher, shards, data=data)
 
 
 def test_lanes_that_do_not_divide_are_refused(teacher: Path, shards: Path) -> None:
@@ -148,3 +143,23 @@ def test_compiling_what_zero_3_gathers_is_refused_by_name(teacher: Path, shards:
     run = RunConfig.model_validate({**values, **compiled})
     with pytest.raises(ConfigError, match="ZeRO stage 3"):
         plan_run(run, ShardIndex.load(shards), zero3, 1)
+
+
+def test_a_run_that_would_replace_its_own_teacher_is_refused(teacher: Path, shards: Path, tmp_path: Path) -> None:
+    home = fixtures.save_bert(tmp_path / "own" / "student")
+    refused(ConfigError, ["teacher.path", "--run.name"], home, shards, run={"directory": str(tmp_path), "name": "own"})
+
+
+def test_a_folder_that_is_no_export_is_refused_before_training(teacher: Path, shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "student").mkdir(parents=True)
+    refused(ModelError, ["exists"], teacher, shards, run={"directory": str(tmp_path), "name": "mine"})
+
+
+def test_a_target_without_a_teacher_is_refused(teacher: Path, shards: Path) -> None:
+    plain = {"teacher": {"path": None}, "student": {"config": {"hidden_size": 72, "num_attention_heads": 6}}}
+    refused(ConfigError, ["pruning.target", "teacher.path"], teacher, shards, **plain)
+
+
+def test_an_empty_teacher_path_is_not_taken_for_none() -> None:
+    with pytest.raises(ValueError, match="path is empty"):
+        RunConfig.model_validate({"teacher": {"path": ""}})
