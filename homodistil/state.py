@@ -1,7 +1,8 @@
 """StudentState: one rank's share of everything that training changes, on its way somewhere else.
 
 A prune slices it and moves it to the owners of the narrower engine; a resume moves it to the owners of another
-world size or ZeRO stage; an export moves it to rank 0. Parameter by parameter: no rank holds the whole model.
+world size or ZeRO stage; an export moves it to rank 0. A move goes parameter by parameter, and carries to each rank
+only the bytes that it will own.
 """
 
 from __future__ import annotations
