@@ -101,10 +101,6 @@ class StudentShape:
             head_width=len(self.kept[qk(0, first_head)]),
         )
 
-    @property
-    def is_full(self) -> bool:
-        return self.widths == self.teacher
-
     def as_dict(self) -> dict[str, Any]:
         """For JSON; `from_dict` reads it back."""
         return {

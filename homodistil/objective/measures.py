@@ -21,12 +21,10 @@ from homodistil.signals import Signals
 def measure(student: Signals, teacher: Signals | None, batch: Batch) -> Tensor:
     """Sums over a batch's scored slots, (6,) float64: slots, student's loss and hits, teacher's loss and hits, KL.
 
-    Losses and KL(teacher || student), at temperature 1, in nats. Without a teacher its three entries are NaN.
+    Losses and KL(teacher || student), at temperature 1, in nats. Without a teacher only the first three.
     """
     sums = [batch.weights.sum(), *_loss_and_hits(student.logits, batch)]
-    if teacher is None:
-        sums += [torch.full_like(sums[0], torch.nan)] * 3
-    else:
+    if teacher is not None:
         student_log_p, teacher_log_p = (log_probabilities(signals.logits) for signals in (student, teacher))
         sums += [*_loss_and_hits(teacher.logits, batch), divergence(student_log_p, teacher_log_p, batch.weights)]
     return torch.stack([value.double() for value in sums])
@@ -53,4 +51,4 @@ class Measures:
         """Of `measure`'s vectors added over all batches and ranks. Waits for the device."""
         slots, *totals = sums.tolist()
         loss, accuracy, *teachers = (total / max(slots, 1.0) for total in totals)
-        return cls(slots, loss, accuracy, *(None if value != value else value for value in teachers))
+        return cls(slots, loss, accuracy, *(teachers or (None, None, None)))

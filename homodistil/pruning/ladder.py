@@ -51,17 +51,6 @@ class Ladder:
         """Widths to prune to after this update, or None if no rung fires."""
         return next((rung.widths for rung in self.rungs if rung.update == update), None)
 
-    def rows(self) -> list[tuple[str, ...]]:
-        """A table for people: its header, then one row per rung."""
-        header = ("rung", "after update", "hidden", "heads", "head width", "ffn", "stock")
-        return [header] + [
-            tuple(
-                map(str, (number, rung.update, w.hidden, w.heads, w.head_width, w.ffn, "yes" if w.is_stock else "no"))
-            )
-            for number, rung in enumerate(self.rungs, start=1)
-            for w in (rung.widths,)
-        ]
-
 
 def target_widths(target: TargetShape, start: Widths) -> Widths:
     """The finished student's widths; what the target leaves out stays as `start`'s.

@@ -115,7 +115,6 @@ def test_widths_are_due_only_after_an_update_that_fires_a_rung() -> None:
     ladder = Ladder.plan(config(576, 2304, 12), 1000, BASE)
     due = [update for update in range(1001) if ladder.widths_after(update)]
     assert due == [rung.update for rung in ladder.rungs]
-    assert len(ladder.rows()) == len(due) + 1 and ladder.rows()[-1][1] == str(due[-1])
 
 
 @pytest.mark.parametrize(
