@@ -13,6 +13,8 @@ from typing import Literal
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
@@ -50,6 +52,12 @@ def evaluate_mlm(
             f"{model}: vocab_size is {loaded.config.vocab_size}, but {shards} was tokenized with {vocab_size} "
             f"tokens. Build shards with the model's tokenizer: data_prep/build_shards.py --tokenizer {model}."
         )
+    positions = getattr(loaded.config, "max_position_embeddings", None)
+    if positions is not None and positions < stream.index.sequence_length:
+        raise ModelError(
+            f"{model}: {positions} positions, but {shards} holds sequences of {stream.index.sequence_length} tokens. "
+            f"Build shards with --sequence_length {positions} or less."
+        )
     loaded.to(alone.device)  # type: ignore[arg-type]  # a decorator hides its signature
     return score(loaded, stream.validation(sequences, micro_batch))
 
@@ -60,7 +68,7 @@ def load_stock(directory: Path, dtype: str) -> PreTrainedModel:
         model, report = AutoModelForMaskedLM.from_pretrained(
             directory, dtype=dtype, local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, StrictDataclassError) as error:
         raise ModelError(f"{directory}: no masked language model to load: {error}") from error
     if missing := sorted(report["missing_keys"]):
         raise ModelError(

@@ -70,6 +70,8 @@ def load_model(path: str | Path, dtype: torch.dtype, attention: str | None = Non
         for name, found, expected in sorted(report["mismatched_keys"])
     ]
     faults += [f"'{name}' is all zero" for name in _zero_weights(model)]
+    layers = sorted(name for name in report["unexpected_keys"] if ".layer." in name)
+    faults += [f"'{name}' belongs to no layer that config.json describes" for name in layers]
     if faults:
         raise ModelError(
             f"{', '.join(str(file) for file in files)}: {'; '.join(faults)}. Every weight of {type(model).__name__} "

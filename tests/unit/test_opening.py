@@ -13,6 +13,7 @@ from homodistil.config import RunConfig
 from homodistil.data.shards import ShardIndex
 from homodistil.ds_config import DeepSpeedConfig
 from homodistil.errors import ConfigError, DataError, HomodistilError, ModelError, ShapeError
+from homodistil.models.loading import load_model
 from homodistil.opening import plan_run
 from tests import fixtures
 
@@ -120,7 +121,6 @@ QUERY = "bert__encoder__layer__1__attention__self__query__weight"
 def test_a_teacher_with_an_untrained_weight_is_refused_by_the_weights_name(
     tmp_path: Path, tensor: torch.Tensor | None, word: str
 ) -> None:
-    from homodistil.models.loading import load_model
 
     broken = damaged(tmp_path / "broken", **{QUERY: tensor})
     with pytest.raises(ModelError, match=word) as caught:
@@ -163,3 +163,11 @@ def test_a_target_without_a_teacher_is_refused(teacher: Path, shards: Path) -> N
 def test_an_empty_teacher_path_is_not_taken_for_none() -> None:
     with pytest.raises(ValueError, match="path is empty"):
         RunConfig.model_validate({"teacher": {"path": ""}})
+
+
+def test_a_teacher_with_a_layer_that_its_config_forgets_is_refused(tmp_path: Path) -> None:
+    extra = damaged(tmp_path / "extra")
+    config = (extra / "config.json").read_text()
+    (extra / "config.json").write_text(config.replace('"num_hidden_layers": 3', '"num_hidden_layers": 2'))
+    with pytest.raises(ModelError, match=r"encoder\.layer\.2.*no layer"):
+        load_model(extra, torch.float32)
