@@ -121,10 +121,14 @@ def _split(corpus: Corpus, special: SpecialTokens, length: int, seed: int) -> tu
 
 
 def _held_out(lengths: NDArray[np.int64], length: int, seed: int) -> NDArray[np.bool_]:
-    """(documents,): the documents with the smallest hashes, as many as the held-out share takes, at least one."""
+    """(documents,): the documents with the smallest hashes, as many as the held-out share takes, at least one. One that
+    alone would take more than the largest share is left to training, unless there is no other."""
     total = int(lengths.sum())
-    wanted = min(max(HELD_OUT_SHARE * total, HELD_OUT_SEQUENCES * length), LARGEST_HELD_OUT_SHARE * total)
+    largest = LARGEST_HELD_OUT_SHARE * total
+    wanted = min(max(HELD_OUT_SHARE * total, HELD_OUT_SEQUENCES * length), largest)
     order = permutation(len(lengths), Purpose.HELD_OUT_DOCUMENTS, seed)
+    small = order[lengths[order] <= largest]
+    order = small if len(small) else order
     before = np.cumsum(lengths[order]) - lengths[order]
     chosen = np.zeros(len(lengths), dtype=np.bool_)
     chosen[order[before < wanted]] = True

@@ -44,7 +44,10 @@ def _open(path: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     if path.suffix == ".json":
         return _wrap(Tokenizer.from_file(str(path)))
-    pieces = path.read_text(encoding="utf-8").splitlines()
+    pieces = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # other separators may be pieces
+    repeated = [piece for piece, count in Counter(pieces).items() if count > 1]
+    if repeated:
+        raise ValueError(f"line {pieces.index(repeated[0]) + 1}, '{repeated[0]}', stands there more than once")
     cased = any(piece != piece.lower() for piece in pieces if piece not in SPECIAL)
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     return _wrap(_word_piece(vocabulary, lowercase=not cased))

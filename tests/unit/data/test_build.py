@@ -171,3 +171,15 @@ def test_an_interrupted_build_leaves_nothing_behind(
     with pytest.raises(KeyboardInterrupt):
         small_shards(str(text), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_document_too_large_to_hold_out_is_trained_on(seed: int) -> None:
+    assert build._held_out(np.array([600, 100_000]), 128, seed).tolist() == [True, False]
+
+
+def test_a_vocabulary_with_a_repeated_piece_is_refused_by_its_line(tmp_path: Path) -> None:
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nthe\nfox\nthe\n", encoding="utf-8")
+    with pytest.raises(DataError, match="line 6, 'the'"):
+        open_tokenizer(vocabulary)
