@@ -9,7 +9,9 @@ are made anew from the rows each time. Build the shards first, as the recipe min
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ def main() -> None:
             if name not in rows:
                 launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), *COMMAND]
                 subprocess.run([*launcher, "--run.name", name, "--optimizer.learning_rate", rate, *flags], check=True)
-                rows[name] = {"arm": arm, "learning_rate": float(rate), **measured(RUNS / name)}
+                rows[name] = {"arm": arm, "learning_rate": float(rate), **measured(RUNS / name), **circumstances()}
                 ROWS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     show(list(rows.values()))
     draw(list(rows.values())).savefig(CURVES, dpi=150)
@@ -62,6 +64,12 @@ def measured(directory: Path) -> dict[str, Any]:
         "mlm_accuracy": summary["validation"]["student"]["mlm_accuracy"],
         "curve": {point["update"]: point["validation/kl"] for point in points},
     }
+
+
+def circumstances() -> dict[str, Any]:
+    """When, from which commit and on how many cores."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+    return {"date": date.today().isoformat(), "commit": commit.strip(), "cores": os.cpu_count()}
 
 
 def best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
