@@ -64,7 +64,7 @@ class StudentEngine:
         )
         self._zero = ZeroStudent(self._engine)
         if blueprint.run.performance.compile:
-            compile_encoder(student.model.base_model)
+            compile_encoder(student.model)
 
     @classmethod
     def build(
@@ -198,7 +198,7 @@ class TeacherEngine:
         self.parameters = sum(p.numel() for p in model.parameters())
         module = FrozenModel(model, family)
         if compiled:
-            compile_encoder(model.base_model)
+            compile_encoder(model)
         self._engine = None
         if settings is not None:
             self._engine, *_ = deepspeed.initialize(model=module, config=settings, dist_init_required=False)
