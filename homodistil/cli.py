@@ -18,7 +18,7 @@ from homodistil.arguments import parse
 from homodistil.config import RunConfig, Section
 from homodistil.data import commands
 from homodistil.data.commands import BuildShards, TrainTokenizer, VerifyShards
-from homodistil.errors import ConfigError, DataError, DivergenceError, HomodistilError, nearest
+from homodistil.errors import ConfigError, DataError, HomodistilError, Preempted, RankLostError, Stopped, nearest
 from homodistil.recipe import explain
 
 if TYPE_CHECKING:
@@ -143,13 +143,13 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `NAME flags...`; exits with 2 after an error that the user can mend."""
+    """Run `NAME flags...`; exits with 2 after an error that the user can mend, with 75 if it was preempted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         _command(words[0] if words else "--help")(words[1:])
     except HomodistilError as error:
         _report(error)
-        sys.exit(2)
+        sys.exit(error.exit_code)
 
 
 def _command(name: str) -> Callable[[Sequence[str]], None]:
@@ -175,5 +175,7 @@ def _checked(settings: type[Settings], values: dict[str, Any]) -> Settings:
 def _report(error: HomodistilError) -> None:
     """Once for all ranks, if all of them found the same; else by each."""
     rank = int(os.environ.get("RANK", 0))
-    if rank == 0 or isinstance(error, DataError | DivergenceError):
-        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
+    alone = isinstance(error, DataError | RankLostError) and not isinstance(error, Stopped)
+    if rank == 0 or alone:
+        kind = "preempted" if isinstance(error, Preempted) else "error"
+        print(f"{kind}{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)

@@ -2,42 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
-from torch import Tensor
 
 from homodistil.batch import Batch
+from homodistil.config import RunConfig
 from homodistil.engine import StudentEngine, TeacherEngine
+from homodistil.errors import Stopped
 from homodistil.evaluation.language_modeling import load_stock, score, unigram
 from homodistil.export import export_student
 from homodistil.metrics import Metrics, peak_memory_bytes
 from homodistil.models.loading import model_directory
-from homodistil.models.shape import StudentShape
 from homodistil.objective.measures import Measures
 from homodistil.opening import Plan
 from homodistil.ranks import Ranks
 from homodistil.report import write_report
+from homodistil.summary import FILE as SUMMARY
 from homodistil.summary import RunSummary, Score, StudentFigures, TeacherFigures, Validation, print_table
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What is left of a run once its engines are gone."""
-
-    plan: Plan
-    zero_stage: int
-    world_size: int
-    weights: Mapping[str, Tensor]
-    """Whole fp32 tensors on rank 0, nothing elsewhere."""
-    shape: StudentShape
-    teacher_parameters: int | None
-    validation: Measures
-    metrics: Metrics
-    peak_memory_bytes: int
-    device: torch.device
+def begin(run: RunConfig) -> None:
+    """The run's folder says what runs there, and no longer how an earlier process ended. On rank 0."""
+    run.save(run.run.path / "run.yaml")
+    (run.run.path / SUMMARY).unlink(missing_ok=True)
 
 
 def finish(
@@ -50,64 +39,78 @@ def finish(
     ranks: Ranks,
 ) -> RunSummary:
     """Gather the student on rank 0, close both engines, and leave the run's files behind. Collective."""
-    outcome = Outcome(
-        plan=plan,
-        zero_stage=student.zero_stage,
-        world_size=ranks.world_size,
-        weights=dict(student.weights()),
-        shape=student.shape,
-        teacher_parameters=teacher.parameters if teacher else None,
-        validation=validation,
-        metrics=metrics,
-        peak_memory_bytes=max(ranks.gather(peak_memory_bytes())),
-        device=ranks.device,
-    )
+    summary = _summary(plan.run.run.updates, plan, student, teacher, metrics, ranks)
+    weights, shape = dict(student.weights()), student.shape
+    close(student, teacher)
+
+    def leave_behind() -> RunSummary:
+        directory = plan.run.run.path
+        tokenizer = plan.run.data.shards / plan.index.tokenizer_name
+        export_student(weights, plan.blueprint, shape, directory / "student", tokenizer)
+        scored = summary.model_copy(update={"validation": _validation(plan, validation, held_out, ranks.device)})
+        scored.write(directory)
+        write_report(directory)
+        print_table(scored, directory)
+        return scored
+
+    return ranks.once(leave_behind)
+
+
+def leave(
+    reason: Stopped,
+    update: int,
+    plan: Plan,
+    student: StudentEngine,
+    teacher: TeacherEngine | None,
+    metrics: Metrics,
+    ranks: Ranks,
+) -> NoReturn:
+    """End a run before its time, after `update`, whose checkpoint is written: raises `reason`. Collective."""
+    summary = _summary(update, plan, student, teacher, metrics, ranks)
+    stopped = summary.model_copy(update={"exit_status": reason.exit_code})
+    ranks.once(lambda: stopped.write(plan.run.run.path))
+    close(student, teacher)
+    raise reason
+
+
+def close(student: StudentEngine, teacher: TeacherEngine | None) -> None:
+    """Free both engines. Collective."""
     student.close()
     if teacher:
         teacher.close()
-    return ranks.once(lambda: leave_behind(outcome, held_out))
 
 
-def leave_behind(outcome: Outcome, held_out: list[Batch]) -> RunSummary:
-    """Export, summary.json, report and the table. On rank 0 alone."""
-    plan, run = outcome.plan, outcome.plan.run
-    directory = run.run.path
-    tokenizer = run.data.shards / plan.index.tokenizer_name
-    export_student(outcome.weights, plan.blueprint, outcome.shape, directory / "student", tokenizer)
-    summary = RunSummary(
-        recipe=run.recipe,
-        steps=run.run.updates,
-        world_size=outcome.world_size,
-        zero_stage=outcome.zero_stage,
-        seed=run.run.seed,
-        teacher=_teacher_figures(outcome),
+def _summary(
+    update: int, plan: Plan, student: StudentEngine, teacher: TeacherEngine | None, metrics: Metrics, ranks: Ranks
+) -> RunSummary:
+    """What a run came to so far, but for its held-out figures. Collective."""
+    return RunSummary(
+        recipe=plan.run.recipe,
+        steps=update,
+        world_size=ranks.world_size,
+        zero_stage=student.zero_stage,
+        seed=plan.run.run.seed,
+        teacher=TeacherFigures(parameters=teacher.parameters) if teacher else None,
         student=StudentFigures(
-            parameters=sum(tensor.numel() for tensor in outcome.weights.values()),
-            shape={"layers": outcome.shape.layers, **vars(outcome.shape.widths)},
+            parameters=student.parameters,
+            shape={"layers": student.shape.layers, **vars(student.shape.widths)},
         ),
-        validation=_validation(outcome, held_out),
-        prunes=outcome.metrics.prunes,
-        seconds=outcome.metrics.seconds,
-        tokens_per_second=outcome.metrics.tokens_per_second,
-        peak_memory_bytes=outcome.peak_memory_bytes,
+        validation=None,
+        prunes=metrics.prunes,
+        seconds=metrics.seconds,
+        tokens_per_second=metrics.tokens_per_second,
+        peak_memory_bytes=max(ranks.gather(peak_memory_bytes())),
+        resumed_from=metrics.start or None,
     )
-    summary.write(directory)
-    write_report(directory)
-    print_table(summary, directory)
-    return summary
 
 
-def _teacher_figures(outcome: Outcome) -> TeacherFigures | None:
-    return TeacherFigures(parameters=outcome.teacher_parameters) if outcome.teacher_parameters else None
-
-
-def _validation(outcome: Outcome, held_out: list[Batch]) -> Validation:
+def _validation(plan: Plan, measures: Measures, held_out: list[Batch], device: torch.device) -> Validation:
     """Losses as measured by the engines over all ranks; speed of the stock models, on this rank's batches."""
-    measures, run = outcome.validation, outcome.plan.run
-    dtype = str(outcome.plan.dtype).removeprefix("torch.")
+    run = plan.run
+    dtype = str(plan.dtype).removeprefix("torch.")
 
     def speed(model: Path) -> float:
-        stock = load_stock(model, dtype).to(outcome.device)  # type: ignore[arg-type]  # a decorator hides its signature
+        stock = load_stock(model, dtype).to(device)  # type: ignore[arg-type]  # a decorator hides its signature
         return score(stock, held_out)["tokens_per_second"]
 
     teacher = None

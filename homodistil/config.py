@@ -105,6 +105,8 @@ class DataConfig(Section):
     """Share of a sequence's positions that are scored."""
     whole_word: bool = False
     """Mask whole words instead of single pieces."""
+    on_bad_shard: Literal["stop", "replace"] = "stop"
+    """A shard that is missing or not as its index says: `stop`, or `replace` it by the one read before it."""
     prefetch: int = Field(default=4, ge=1)
     """Updates that the background worker prepares ahead of the step."""
 
@@ -225,6 +227,33 @@ class ValidationConfig(Section):
     """Held-out sequences used (all there are, if fewer)."""
 
 
+class CheckpointConfig(Section):
+    """Sharded checkpoints: what a run goes on from after an interruption."""
+
+    resume: str = "auto"
+    """`auto`: go on from the newest whole checkpoint of this run, if there is one. `never`: start over; what was
+    there is set aside. Or the path of a checkpoint."""
+    every: int = Field(default=500, ge=1)
+    """Updates between two checkpoints; there is always one at the end."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints kept; with two, a damaged one costs one interval."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Checkpoints after multiples of so many updates are kept for good."""
+    background: bool = True
+    """Write beside the training: a step waits only for the copy in memory."""
+
+
+class HealthConfig(Section):
+    """What is watched while the run goes on."""
+
+    max_skipped: int = Field(default=10, ge=0)
+    """Updates in a row that may be left out because a gradient was not finite; one more stops the run."""
+    compare_every: int = Field(default=500, ge=1)
+    """Updates between two comparisons of all ranks' weights."""
+    patience_seconds: int = Field(default=1800, ge=1)
+    """Without progress for so long, a rank ends the run and says which one it waits for."""
+
+
 class PerformanceConfig(Section):
     """Fast forms, each beside a plain twin that is tested against it."""
 
@@ -253,6 +282,8 @@ class RunConfig(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     pruning: PruningConfig = PruningConfig()
     validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    health: HealthConfig = HealthConfig()
     performance: PerformanceConfig = PerformanceConfig()
 
     _origin: Origin | None = PrivateAttr(default=None)

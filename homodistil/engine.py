@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from homodistil.batch import Batch
+from homodistil.errors import Stopped
 from homodistil.kernels.compiling import compile_encoder
 from homodistil.knowledge.teacher import FrozenModel, Teacher
 from homodistil.models.base import ModelFamily
@@ -24,7 +25,7 @@ from homodistil.pruning.coordinator import PrunePlan
 from homodistil.pruning.surgery import sliced
 from homodistil.ranks import Ranks, rendezvous, share_cores
 from homodistil.signals import Knowledge, Signals
-from homodistil.state import MASTER, Fragment, Range, StudentState
+from homodistil.state import MASTER, Fragment, Movable, Range, StudentState
 from homodistil.student import MODEL, Blueprint, Student, as_tuple
 from homodistil.zero import ZeroStudent, collect, release
 
@@ -46,7 +47,15 @@ def started_ranks() -> Iterator[Ranks]:
     ranks = Ranks.current()
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)  # collectives of objects use the current one
-    yield ranks
+    try:
+        yield ranks
+    except Stopped:
+        _farewell(ranks)
+        raise
+    _farewell(ranks)
+
+
+def _farewell(ranks: Ranks) -> None:
     ranks.barrier()
     torch.distributed.destroy_process_group()
 
@@ -75,7 +84,7 @@ class StudentEngine:
         *,
         model: PreTrainedModel | None = None,
         shape: StudentShape,
-        state: StudentState | None = None,
+        state: Movable | None = None,
     ) -> StudentEngine:
         """An engine over `model`'s weights, or over a `state` for the given shape. Collective."""
         student = Student(model, blueprint, shape) if model else Student.unfilled(blueprint, shape)
@@ -141,6 +150,10 @@ class StudentEngine:
     def gradient_norm(self) -> Tensor | float | None:
         """Global norm before clipping, of the last update; None before the first."""
         return self._engine.get_global_grad_norm()
+
+    def fingerprints(self) -> tuple[list[str], Tensor]:
+        """Names, and (P,) int64, of the weights that every rank should hold alike."""
+        return self._zero.fingerprints()
 
     def export(self) -> StudentState:
         """This rank's share of the whole training state, copied."""

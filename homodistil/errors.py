@@ -7,6 +7,8 @@ from difflib import get_close_matches
 class HomodistilError(Exception):
     """Base of all errors that are the user's to mend; launchers print them without a traceback."""
 
+    exit_code = 2
+
 
 class ConfigError(HomodistilError):
     """A recipe, command line or DeepSpeed JSON that cannot be run as written."""
@@ -24,8 +26,39 @@ class ModelError(HomodistilError):
     """A model directory that cannot serve as asked: missing, newly initialised or zero weights."""
 
 
-class DivergenceError(HomodistilError):
+class CheckpointError(HomodistilError):
+    """A checkpoint that cannot be written, read, or continued by this run."""
+
+
+class Stopped(HomodistilError):
+    """All ranks end the run together, in order; rank 0 says why."""
+
+
+class DivergenceError(Stopped):
     """Ranks that should hold the same value do not."""
+
+
+class ShardError(DataError, Stopped):
+    """A shard that one of the ranks cannot read."""
+
+
+class NonFiniteError(Stopped):
+    """Gradients that were not finite, too often in a row."""
+
+
+class RankLostError(HomodistilError):
+    """Another rank died or no longer answers."""
+
+    exit_code = 76
+
+
+class Preempted(Stopped):
+    """The machine is asked for, and the same command goes on elsewhere."""
+
+    exit_code = 75  # sysexits' EX_TEMPFAIL
+
+    def __init__(self, update: int) -> None:
+        super().__init__(f"the checkpoint after update {update} is complete. Run the same command to go on.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -14,13 +14,16 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from homodistil.config import ObjectiveConfig, RunConfig
+from homodistil.files import write_text_durably
 from homodistil.progress import progress_bar
 from homodistil.ranks import Ranks
 
@@ -39,29 +42,43 @@ class Work(NamedTuple):
     flops: float
 
 
+class Progress(BaseModel):
+    """What the log counts, through all interruptions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seconds: float = 0.0
+    tokens: int = 0
+    prunes: int = 0
+
+
 class Metrics:
     """One run's log, as a context manager. All ranks keep one; only rank 0's shows and writes.
 
     Nothing waits for the device between two logged points.
     """
 
-    def __init__(self, run: RunConfig, ranks: Ranks, peak_flops: float) -> None:
-        """peak_flops: FLOP/s of one rank's plain matrix product."""
-        self._run, self._ranks, self._peak_flops = run, ranks, peak_flops
-        self._clock = _Clock()
+    def __init__(
+        self, run: RunConfig, ranks: Ranks, peak_flops: float, start: int = 0, progress: Progress | None = None
+    ) -> None:
+        """peak_flops: FLOP/s of one rank's plain matrix product. start: updates done by earlier processes, of which
+        `progress` is what they had counted."""
+        progress = progress or Progress()
+        self._run, self._ranks, self._peak_flops, self.start = run, ranks, peak_flops, start
+        self._clock = _Clock(progress.seconds)
         self._window = _Window()
-        self._tokens = 0
+        self._tokens = progress.tokens
         self._faint_terms: set[str] = set()
         self._exits = ExitStack()
-        self.prunes = 0
+        self.prunes = progress.prunes
 
     def __enter__(self) -> Metrics:
         config = self._run.run
         self._bar = self._exits.enter_context(
-            progress_bar(config.name, config.updates, "update", shown=self._ranks.is_first)
+            progress_bar(config.name, config.updates, "update", shown=self._ranks.is_first, start=self.start)
         )
         if self._ranks.is_first:
-            self._log = self._exits.enter_context(_Log(self._run))
+            self._log = self._exits.enter_context(_Log(self._run, self.start))
             self._exits.enter_context(logging_redirect_tqdm())
         self._clock.start()
         return self
@@ -77,11 +94,12 @@ class Metrics:
         work: Work,
         learning_rate: float,
         gradient_norm: Tensor | float | None,
+        bad_shards: int = 0,
     ) -> None:
         """Count one update; log it if it is due. Collective when due, that is every `run.log_every` updates.
 
         losses: this rank's share of each unweighted term, scalars on any device; summed over ranks they are the
-        update's. gradient_norm: before clipping.
+        update's. gradient_norm: before clipping. bad_shards: replaced so far.
         """
         self._window.add(losses, work)
         self._tokens += work.tokens
@@ -96,6 +114,7 @@ class Metrics:
             "speed/utilisation": self._window.work.flops / seconds / (self._peak_flops * self._ranks.world_size),
             "memory/peak_bytes": float(peak_memory_bytes()),
             "optimizer/learning_rate": learning_rate,
+            "data/bad_shards": float(bad_shards),
         }
         if gradient_norm is not None:
             scalars["optimizer/gradient_norm"] = float(gradient_norm)
@@ -131,6 +150,15 @@ class Metrics:
             yield
         finally:
             self._clock.start()
+
+    @property
+    def progress(self) -> Progress:
+        """What a later process goes on counting from."""
+        return Progress(seconds=self.seconds, tokens=self._tokens, prunes=self.prunes)
+
+    def checkpointed(self, update: int, held_seconds: float) -> None:
+        """Log how long a checkpoint held up the training."""
+        self._write(update, {"checkpoint/held_seconds": held_seconds})
 
     @property
     def seconds(self) -> float:
@@ -183,6 +211,12 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def _whole_lines(path: Path) -> list[str]:
+    """A file's lines, but for a last one that a killed process had begun."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [line for line in lines if line.endswith("\n")]
+
+
 class _Window:
     """Sums over the updates since the last logged point; they stay on the device until `means`."""
 
@@ -207,8 +241,8 @@ class _Window:
 class _Clock:
     """A stopwatch: total seconds while running, and those since the last lap."""
 
-    def __init__(self) -> None:
-        self._total = self._lap = 0.0
+    def __init__(self, seconds: float) -> None:
+        self._total = self._lap = seconds
         self._since: float | None = None
 
     def start(self) -> None:
@@ -228,16 +262,19 @@ class _Clock:
 
 
 class _Log:
-    """tensorboard/ and metrics.jsonl of a run's directory; both begin anew with the run."""
+    """tensorboard/ and metrics.jsonl of a run's directory; both go on after update `start`, and forget what an
+    interrupted process had written beyond it."""
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # 2 s that only rank 0 needs to wait
 
         directory = run.run.path
         directory.mkdir(parents=True, exist_ok=True)
-        # purge_step: TensorBoard forgets what an earlier run wrote into this directory.
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=0)
-        self._lines = (directory / "metrics.jsonl").open("w", encoding="utf-8")
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1 if start else 0)
+        path = directory / "metrics.jsonl"
+        earlier = [line for line in _whole_lines(path) if json.loads(line)["update"] <= start] if start else []
+        write_text_durably(path, "".join(earlier))
+        self._lines = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> _Log:
         return self

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from homodistil.checkpoint import RunState
 from homodistil.config import RunConfig
 from homodistil.data.build import build_shards
 from homodistil.data.shards import ShardIndex
@@ -24,7 +26,7 @@ from homodistil.export import refuse_to_replace_anything_else
 from homodistil.models import family_of
 from homodistil.models.attention import attention_implementation
 from homodistil.models.base import ModelFamily
-from homodistil.models.loading import bert_config, load_config, load_model, model_directory, new_model
+from homodistil.models.loading import bert_config, load_config, load_model, model_directory, model_hash, new_model
 from homodistil.models.shape import StudentShape
 from homodistil.pruning.ladder import Ladder
 from homodistil.ranks import Ranks
@@ -37,7 +39,7 @@ def provide_shards(run: RunConfig, ranks: Ranks) -> ShardIndex:
     source = data.source
     if source and not ranks.broadcast((data.shards / "index.json").is_file()):
         ranks.once(lambda: build_shards(source, data.shards, shards=data.lanes, progress=True))
-    return ShardIndex.load(data.shards)
+    return ShardIndex.load(data.shards, check_files=data.on_bad_shard == "stop")  # else whoever reads a bad one says so
 
 
 def provide_teacher(run: RunConfig, ranks: Ranks, train: Callable[[RunConfig], object]) -> None:
@@ -74,6 +76,18 @@ class Plan:
     @property
     def dtype(self) -> torch.dtype:
         return self.ds_config.dtype
+
+    @cached_property
+    def identity(self) -> dict[str, str | int | float | None]:
+        """What decides a run's numbers besides its configuration, for its checkpoints to compare. Reads the teacher."""
+        teacher = self.run.teacher.path
+        return {
+            "teacher": model_hash(teacher) if teacher else None,
+            "tokenizer": self.index.tokenizer_sha256,
+            "corpus": self.index.sha256,
+            "precision": str(self.dtype).removeprefix("torch."),
+            "gradient_clipping": self.ds_config.values.get("gradient_clipping"),
+        }
 
 
 def plan_run(run: RunConfig, index: ShardIndex, ds_config: DeepSpeedConfig, world_size: int) -> Plan:
@@ -124,10 +138,11 @@ def is_sharded(run: RunConfig, world_size: int) -> bool:
     return run.teacher.path is not None and (sharding == "zero3" or (sharding == "auto" and world_size > 1))
 
 
-def open_student(plan: Plan, ranks: Ranks) -> StudentEngine:
-    """The student as it is before the first update. Collective."""
+def open_student(plan: Plan, state: RunState, ranks: Ranks) -> StudentEngine:
+    """The student where the run stands: from a checkpoint, or as it is before the first update. Collective."""
     settings = plan.ds_config.resolved(plan.run, ranks.world_size)
-    return StudentEngine.build(plan.blueprint, settings, ranks, model=_first_model(plan), shape=plan.start)
+    model = None if state.student else _first_model(plan)
+    return StudentEngine.build(plan.blueprint, settings, ranks, model=model, shape=state.shape, state=state.student)
 
 
 def _first_model(plan: Plan) -> PreTrainedModel:

@@ -13,9 +13,10 @@ else:
     Bar = tqdm
 
 
-def progress_bar(name: str, total: int, unit: str, shown: bool = True) -> Bar:
+def progress_bar(name: str, total: int, unit: str, shown: bool = True, start: int = 0) -> Bar:
     """A tqdm bar on a terminal; elsewhere a line every ten seconds or so."""
-    settings: dict[str, Any] = {"desc": f"{name}: ", "total": total, "unit": unit, "disable": not shown}
+    settings: dict[str, Any] = {"desc": f"{name}: ", "total": total, "initial": start, "unit": unit}
+    settings["disable"] = not shown
     if sys.stderr.isatty():
         return tqdm(dynamic_ncols=True, **settings)
     return _Lines(mininterval=10, bar_format="{desc}{n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]", **settings)

@@ -55,6 +55,15 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so. Collective."""
+        return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item())
+
+    def seed(self, *keys: int) -> None:
+        """From here on, torch's draws (dropout) depend on these keys and the rank alone: no checkpoint needs them."""
+        digest = hashlib.sha256(repr((*keys, self.rank)).encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
     def barrier(self) -> None:
         """Collective."""
         self.sum(torch.zeros(1, device=self.device))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -66,6 +66,19 @@ class Piece:
     @property
     def range(self) -> Range:
         return Range(self.start, next(iter(self.values.values())).numel())
+
+
+class Movable(Protocol):
+    """What an engine can be built over: a state held by the ranks, or one on disk."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        ...
+
+    def moved(self, layout: Layout, device: torch.device) -> Iterator[tuple[str, Piece]]:
+        """This rank's pieces under `layout`, one parameter at a time. Collective; to be exhausted."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
+
+from homodistil.files import write_text_durably
 
 FILE = "summary.json"
 
@@ -60,7 +61,8 @@ class RunSummary(Figures):
     seed: int
     teacher: TeacherFigures | None
     student: StudentFigures
-    validation: Validation
+    validation: Validation | None
+    """Null in a run that was stopped before its end."""
     prunes: int
     seconds: float
     """Of training, validation left out."""
@@ -71,13 +73,12 @@ class RunSummary(Figures):
     resumed_from: int | None = None
     """Update of the checkpoint that the run went on from."""
     exit_status: int = 0
+    """0 finished; 2 stopped by an error; 75 preempted: the same command goes on."""
 
     def write(self, directory: Path) -> Path:
         """Write `directory`/summary.json, whole or not at all."""
         path = directory / FILE
-        partial = path.with_suffix(".partial")
-        partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_text_durably(path, self.model_dump_json(indent=2) + "\n")
         return path
 
     @classmethod
@@ -87,6 +88,7 @@ class RunSummary(Figures):
     def rows(self) -> list[list[str]]:
         """The table's cells: name, parameters, MLM loss, accuracy, KL, tokens/s; empty where there is no figure."""
         scores = self.validation
+        assert scores is not None, "a table is made of a finished run"
         rows = [_row("student", self.student.parameters, scores.student, scores.kl)]
         if self.teacher is not None and scores.teacher is not None:
             rows.insert(0, _row("teacher", self.teacher.parameters, scores.teacher, 0.0))

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from homodistil.batch import Batch
+from homodistil.checkpoint import RunState
 from homodistil.config import ObjectiveConfig, RunConfig
 from homodistil.data.stream import Stream
 from homodistil.ds_config import DeepSpeedConfig
@@ -70,7 +71,7 @@ def _settled(
 ) -> StudentEngine:
     """train.py's loop, the ladder cut after its first rung."""
     run, ladder = plan.run, Ladder(plan.ladder.rungs[:1])
-    student = open_student(plan, ranks)
+    student = open_student(plan, RunState(0, plan.start), ranks)
     pruner = PruningCoordinator(run.pruning, ladder, student.groups, ranks, run.run.seed)
     for update, batch in batches:
         student.accumulate(batch, teacher)

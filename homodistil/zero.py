@@ -20,7 +20,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad, safe_get_local_optimizer_state
 from torch import Tensor, nn
 
-from homodistil.state import EXP_AVG, EXP_AVG_SQ, MASTER, Fragment, Layout, Piece, Range, StudentState
+from homodistil.state import EXP_AVG, EXP_AVG_SQ, MASTER, Fragment, Layout, Movable, Piece, Range, StudentState
 
 Buffers = dict[str, dict[str, Tensor]]
 """Parameter name -> buffer name -> (n,) fp32: what readers keep beside each owned weight."""
@@ -62,18 +62,18 @@ class ZeroStudent:
             yield Fragment(name, shape, owned.start, weight, gradient, self.buffers.setdefault(name, {}))
 
     def export(self, kinds: tuple[str, ...] = (MASTER, EXP_AVG, EXP_AVG_SQ)) -> StudentState:
-        """What this rank owns: copies of masters and moments, and all buffers; with fewer `kinds`, only those."""
+        """Copies of what this rank owns: masters, moments and all buffers; with fewer `kinds`, only those."""
         pieces = {}
         for name, owned in self._owned.items():
             parameter = self._parameters[name]
             values = {kind: self._partition.view(parameter, kind).clone() for kind in kinds}
             if EXP_AVG in kinds:
-                values |= self.buffers.get(name, {})
+                values |= {kind: buffer.clone() for kind, buffer in self.buffers.get(name, {}).items()}
             pieces[name] = Piece(self._partition.shape(parameter), owned.start, values)
         return StudentState(pieces, self.shapes, self.step)
 
-    def load(self, state: StudentState) -> None:
-        """Take over a state, from whichever ranks own it now. Only into a fresh engine. Collective."""
+    def load(self, state: Movable) -> None:
+        """Take over a state, from whichever ranks or files hold it now. Only into a fresh engine. Collective."""
         device = torch.device(self._engine.device)
         for name, piece in state.moved(self._owned, device):
             values = dict(piece.values)
@@ -83,6 +83,13 @@ class ZeroStudent:
                 self.buffers[name] = values
         self._partition.publish(list(self._parameters.values()))
         self.step = state.step
+
+    def fingerprints(self) -> tuple[list[str], Tensor]:
+        """Names of the parameters that every rank holds whole, and (P,) int64 that ranks of equal weights share: the
+        sum of each one's bits. With stage 3 these are the small ones that stay resident."""
+        whole = {n: p.data for n, p in self._parameters.items() if p.numel() == self._partition.shape(p).numel()}
+        sums = [_bits(weights).sum(dtype=torch.int64) for weights in whole.values()]
+        return list(whole), torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
 
     @property
     def step(self) -> int:
@@ -205,6 +212,10 @@ class _ParameterPartition:
             owned = self.owned(parameter).numel
             working: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
             working.data[:owned].copy_(self.view(parameter, MASTER))
+
+
+def _bits(weights: Tensor) -> Tensor:
+    return weights.contiguous().view({2: torch.int16, 4: torch.int32}[weights.element_size()])
 
 
 def _partition_of(engine: DeepSpeedEngine) -> _Partition:

@@ -6,7 +6,7 @@ Hidden 72 = 6 heads x 12, FFN 136, vocabulary 997, tied embeddings, padding pres
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,9 +15,22 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 from homodistil.batch import Batch
 from homodistil.data.shards import ShardEntry, ShardIndex, SpecialTokens, write_shard
 from homodistil.data.tokenizer import tokenizer_hash
+from homodistil.ranks import Ranks
+
+T = TypeVar("T")
 
 VOCABULARY = 997
 PAD, UNK, CLS, SEP, MASK, FIRST_WORD = range(6)
+
+
+class SilentRanks(Ranks):
+    """One rank's share of a world whose other ranks are not there: whatever they would say is nothing."""
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
 
 
 def bert_config(**changes: Any) -> BertConfig:

@@ -7,19 +7,21 @@ slower. Owns the index, writing, reading and verifying. Leaves what is in them t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import io
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import webdataset as wds
 from numpy.typing import NDArray
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from homodistil.data.tokenizer import tokenizer_hash
 from homodistil.errors import DataError
+from homodistil.files import sha256
 
 FORMAT_VERSION = 1
 SEQUENCES_PER_MEMBER = 512
@@ -33,7 +35,8 @@ Sequences = NDArray[np.unsignedinteger]
 class ShardEntry(BaseModel):
     """One tar file of a split."""
 
-    name: str
+    name: str = Field(pattern=r"^\w[\w.-]*$")
+    """A plain file name: what an index from elsewhere calls a shard is never a path or a command."""
     sequences: int
     bytes: int
     sha256: str
@@ -77,7 +80,7 @@ class ShardIndex(BaseModel):
     splits: dict[Split, list[ShardEntry]]
 
     @classmethod
-    def load(cls, folder: Path) -> ShardIndex:
+    def load(cls, folder: Path, check_files: bool = True) -> ShardIndex:
         """Read `folder`/index.json and check that every shard is there at its size. Raises `DataError`."""
         path = folder / "index.json"
         if not path.is_file():
@@ -90,6 +93,8 @@ class ShardIndex(BaseModel):
             where = ".".join(map(str, fault["loc"])) or "file"
             raise DataError(f"{path}: {where}: {fault['msg']}. Rebuild with: {BUILD_COMMAND} {folder}") from None
         index._check(folder)
+        if check_files:
+            index._check_files(folder)
         return index
 
     def _check(self, folder: Path) -> None:
@@ -99,6 +104,9 @@ class ShardIndex(BaseModel):
         for split in ("train", "validation"):
             if not self.sequences(split):
                 raise DataError(f"{path}: splits.{split} holds no sequences, expected at least one. {rebuild}")
+
+    def _check_files(self, folder: Path) -> None:
+        rebuild = f"Remove it and rebuild with: {BUILD_COMMAND} {folder}"
         for entry in self.entries():
             shard = folder / entry.name
             size = shard.stat().st_size if shard.is_file() else None
@@ -117,6 +125,11 @@ class ShardIndex(BaseModel):
         return sum(entry.sequences for entry in self.splits.get(split, []))
 
     @property
+    def sha256(self) -> str:
+        """Of the corpus: what every shard holds, in order."""
+        return hashlib.sha256("".join(entry.sha256 for entry in self.entries()).encode()).hexdigest()
+
+    @property
     def tokenizer_name(self) -> str:
         """Folder of the tokenizer, below the shards'."""
         return "tokenizer"
@@ -133,13 +146,17 @@ def write_shard(path: Path, blocks: Iterable[Sequences]) -> ShardEntry:
 
 
 def read_shard(folder: Path, index: ShardIndex, entry: ShardEntry) -> Sequences:
-    """A shard's sequences, (entry.sequences, T) of the index's dtype. Raises `DataError` if they are not that."""
+    """A shard's sequences, (entry.sequences, T) of the index's dtype. Raises `DataError` if they are not those that
+    were written, to the last bit. Members are read in memory, and never unpickled."""
     path = folder / entry.name
-    members = wds.DataPipeline(wds.SimpleShardList([str(path)]), wds.tarfile_to_samples(), wds.decode())
     try:
-        block = np.concatenate([member["npy"] for member in members])
+        found = sha256(path)
+        blocks = list(_blocks(path)) if found == entry.sha256 else []
     except Exception as error:  # tar, npy and I/O faults alike: whatever it is, this shard cannot be read
         raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error}). {VERIFY} {folder}") from error
+    if found != entry.sha256:
+        raise DataError(f"{path}: sha256 is {found[:12]}..., expected {entry.sha256[:12]}.... {VERIFY} {folder}")
+    block = np.concatenate(blocks)
     expected = (entry.sequences, index.sequence_length)
     if block.shape != expected or block.dtype != np.dtype(index.dtype):
         raise DataError(
@@ -147,6 +164,12 @@ def read_shard(folder: Path, index: ShardIndex, entry: ShardEntry) -> Sequences:
             f"{VERIFY} {folder}"
         )
     return block
+
+
+def _blocks(path: Path) -> Iterator[Sequences]:
+    members = wds.DataPipeline(wds.SimpleShardList([str(path.absolute())]), wds.tarfile_to_samples())
+    for member in members:
+        yield np.load(io.BytesIO(member["npy"]), allow_pickle=False)
 
 
 def verify(folder: Path, *, progress: bool = False) -> ShardIndex:
@@ -165,20 +188,8 @@ def verify(folder: Path, *, progress: bool = False) -> ShardIndex:
 
 def _faults(folder: Path, index: ShardIndex, entry: ShardEntry) -> list[str]:
     path = folder / entry.name
-    found = sha256(path)
-    if found != entry.sha256:
-        return [f"{path}: sha256 is {found[:12]}..., expected {entry.sha256[:12]}..."]
     try:
         largest = int(read_shard(folder, index, entry).max())
     except DataError as error:
         return [str(error)]
     return [] if largest < index.vocab_size else [f"{path}: id {largest}, expected below {index.vocab_size}"]
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -7,8 +7,9 @@ integer and resuming reads nothing but the shards it continues in. Leaves the la
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,10 +23,12 @@ from homodistil.data.hashing import Purpose, permutation
 from homodistil.data.masking import VALIDATION_MASKS, Masker, training_masks
 from homodistil.data.shards import Sequences, ShardIndex, read_shard
 from homodistil.data.tokenizer import continuation_pieces
-from homodistil.errors import ConfigError, DataError
+from homodistil.errors import ConfigError, DataError, ShardError
 from homodistil.ranks import Ranks
 
 # b global batch, K lanes, W world size, S shards of n sequences, q = S / K shards of a lane, T tokens
+
+logger = logging.getLogger(__name__)
 
 Numbers = NDArray[np.int64]
 
@@ -33,13 +36,15 @@ Numbers = NDArray[np.int64]
 class Stream:
     """Masked batches of a folder of shards. Raises `ConfigError` or `DataError` where the sizes do not divide."""
 
-    def __init__(self, config: DataConfig, seed: int, ranks: Ranks):
-        self.index = ShardIndex.load(config.shards)
+    def __init__(self, config: DataConfig, seed: int, ranks: Ranks, bad_shards: Iterable[str] = ()):
+        """bad_shards: those that an earlier process of this run found, so that the same ones are replaced."""
+        self.index = ShardIndex.load(config.shards, check_files=config.on_bad_shard == "stop")
         self._config, self._seed, self._ranks = config, seed, ranks
+        self._bad = BadShards(config.on_bad_shard == "replace", bad_shards)
         check_divisions(config, self.index, ranks.world_size)
         self._rows = config.global_batch // config.lanes  # of a lane in an update
         self._lanes = [
-            Lane(config.shards, self.index, lane, config.lanes, seed)
+            Lane(config.shards, self.index, lane, config.lanes, seed, self._bad)
             for lane in range(ranks.rank, config.lanes, ranks.world_size)
         ]
         self._mask = Masker(
@@ -61,7 +66,8 @@ class Stream:
         """(n + 1, this rank's rows of that global batch) for n = start .. stop - 1; all of a rank's rows differ.
 
         A worker thread keeps `prefetch` updates ready, in pinned memory where there is a GPU; its errors are raised
-        here. Closing the iterator, or leaving its loop, ends the worker.
+        on all ranks, here, before anyone computes on that update. Closing the iterator, or leaving its loop, ends
+        the worker. Collective.
         """
         ready: deque[Future[Batch]] = deque()
         worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="stream", initializer=self._use_device)
@@ -69,9 +75,31 @@ class Stream:
             for update in range(start, stop):
                 while len(ready) <= self._config.prefetch and update + len(ready) < stop:
                     ready.append(worker.submit(self._batch, update + len(ready)))
-                yield update + 1, ready.popleft().result()
+                done = ready.popleft()
+                self._agree(done.exception())
+                yield update + 1, done.result()
         finally:
             worker.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def bad_shards(self) -> list[str]:
+        """Names of the shards found bad and replaced so far, by any rank."""
+        return self._bad.agreed
+
+    def _agree(self, error: BaseException | None) -> None:
+        """All ranks know of each one's bad shards, and stop together if any cannot go on. Collective."""
+        if error is not None and not isinstance(error, DataError):
+            raise error
+        if not self._ranks.any(error is not None or self._bad.has_news):
+            return
+        everyone = self._ranks.gather((str(error) if error else "", self._bad.found))
+        faults = [words for words, _ in everyone if words]
+        if faults:
+            raise ShardError("\n".join([*faults, "To go on without such shards: --data.on_bad_shard replace."]))
+        news = {name: fault for _, found in everyone for name, fault in found.items()}
+        for name in news.keys() - set(self._bad.agreed) if self._ranks.is_first else ():
+            logger.warning("bad shard replaced by the one read before it: %s", news[name])
+        self._bad.agree(news)
 
     def _use_device(self) -> None:
         """A thread's pinned memory belongs to its current GPU, which starts as the first one."""
@@ -104,10 +132,10 @@ class Stream:
 class Lane:
     """One of K fixed shares of the corpus: which sequences it supplies at a position of an epoch."""
 
-    def __init__(self, folder: Path, index: ShardIndex, lane: int, lanes: int, seed: int):
+    def __init__(self, folder: Path, index: ShardIndex, lane: int, lanes: int, seed: int, bad: BadShards):
         self._folder, self._index = folder, index
         self._entries = index.splits["train"]
-        self._lane, self._lanes, self._seed = lane, lanes, seed
+        self._lane, self._lanes, self._seed, self._bad = lane, lanes, seed, bad
         self._open: tuple[tuple[int, int], Sequences, Numbers] | None = None
 
     def rows(self, epoch: int, start: int, count: int) -> tuple[Sequences, Numbers]:
@@ -126,13 +154,50 @@ class Lane:
     def _shard(self, epoch: int, ordinal: int) -> tuple[Sequences, Numbers]:
         """The lane's `ordinal`-th shard of an epoch in that epoch's order; the last one asked for stays open."""
         if self._open is None or self._open[0] != (epoch, ordinal):
-            shards = permutation(len(self._entries), Purpose.SHARD_ORDER, self._seed, epoch)
-            shard = int(shards[self._lane + ordinal * self._lanes])
-            entry = self._entries[shard]
-            order = permutation(entry.sequences, Purpose.SEQUENCE_ORDER, self._seed, epoch, shard)
-            sequences = read_shard(self._folder, self._index, entry)[order]
-            self._open = (epoch, ordinal), sequences, shard * entry.sequences + order
+            shard, sequences = self._readable(epoch, ordinal)
+            order = permutation(len(sequences), Purpose.SEQUENCE_ORDER, self._seed, epoch, shard)
+            self._open = (epoch, ordinal), sequences[order], shard * len(sequences) + order
         return self._open[1], self._open[2]
+
+    def _readable(self, epoch: int, ordinal: int) -> tuple[int, Sequences]:
+        """Number and contents of the `ordinal`-th shard; of the nearest good one before it, or else after it, if bad
+        shards are replaced. Depends on the epoch and on which shards are bad alone."""
+        shards = permutation(len(self._entries), Purpose.SHARD_ORDER, self._seed, epoch)[self._lane :: self._lanes]
+        for candidate in (*range(ordinal, -1, -1), *range(ordinal + 1, len(shards))):
+            entry = self._entries[shards[candidate]]
+            if entry.name not in self._bad:
+                try:
+                    return int(shards[candidate]), read_shard(self._folder, self._index, entry)
+                except DataError as error:
+                    self._bad.add(entry.name, error)
+        raise DataError(f"{self._folder}: none of the {len(shards)} shards of lane {self._lane} can be read.")
+
+
+class BadShards:
+    """Shards that could not be read: found by this rank's worker thread, then agreed by all ranks."""
+
+    def __init__(self, replaced: bool, agreed: Iterable[str]):
+        self._replaced, self.agreed = replaced, sorted(agreed)
+        self.found: dict[str, str] = {}
+        """Name -> what is wrong."""
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.found or name in self.agreed
+
+    def add(self, name: str, error: DataError) -> None:
+        """Remember a bad shard. Raises `error` if the run is to stop at one."""
+        if not self._replaced:
+            raise error
+        self.found = {**self.found, name: str(error)}  # a new dict: the main thread may be reading the old one
+
+    @property
+    def has_news(self) -> bool:
+        """Whether this rank knows of a bad shard that not all do."""
+        return bool(self.found.keys() - set(self.agreed))
+
+    def agree(self, names: Iterable[str]) -> None:
+        """From now on all ranks leave these out."""
+        self.agreed = sorted({*self.agreed, *names})
 
 
 def check_divisions(config: DataConfig, index: ShardIndex, world_size: int) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -26,9 +25,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, PretrainedConfig, PreTrainedModel
 
 from homodistil.errors import ConfigError, ModelError, nearest
+from homodistil.files import sha256
 from homodistil.models import family_of
 
-CHUNK_BYTES = 1 << 22
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 
@@ -103,12 +102,7 @@ def weight_files(path: str | Path) -> list[Path]:
 
 def model_hash(path: str | Path) -> str:
     """SHA-256, in hex, over the weight files of a directory. Raises `ModelError` when there is none."""
-    digest = hashlib.sha256()
-    for file in weight_files(path):
-        with file.open("rb") as stream:
-            while chunk := stream.read(CHUNK_BYTES):
-                digest.update(chunk)
-    return digest.hexdigest()
+    return sha256(*weight_files(path))
 
 
 def bert_config(fields: dict[str, Any], vocab_size: int) -> BertConfig:

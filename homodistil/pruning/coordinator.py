@@ -74,13 +74,18 @@ class PruningCoordinator:
         self._importance.rebase(groups, kept_positions(self._groups, self._latest.kept))
         self._groups, self._latest = list(groups), None
 
-    def state(self) -> dict[str, Tensor]:
-        """Smoothed scores for a checkpoint, equal on all ranks. Collective."""
-        return self._importance.state()
+    @property
+    def observed(self) -> int:
+        """Updates scored so far."""
+        return self._importance.observed
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a checkpoint of a student with these groups, on any number of ranks."""
-        self._importance.load(state)
+    def shares(self) -> dict[str, Tensor]:
+        """This rank's share of the smoothed scores, for a checkpoint: they add up over ranks."""
+        return self._importance.shares()
+
+    def load(self, shares: Mapping[str, Tensor], observed: int) -> None:
+        """Go on from a checkpoint of a student with these groups; all ranks' shares add up to those saved."""
+        self._importance.load(shares, observed)
 
     @property
     def _finished(self) -> bool:

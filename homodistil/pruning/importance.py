@@ -67,17 +67,15 @@ class Importance:
         self._groups = list(groups)
         self._axes = AxisSums(groups, self._ranks.device)
 
-    def state(self) -> dict[str, Tensor]:
-        """Global totals for a checkpoint, equal on all ranks; per-weight buffers travel with the weights.
-        Collective."""
-        totals = {name: self._ranks.sum(vector.clone()) for name, vector in self._metric.vectors.items()}
-        return {"observed": torch.tensor(self._metric.observed), **totals}
+    def shares(self) -> dict[str, Tensor]:
+        """Name -> (N,): this rank's share of each global total, copied; per-weight buffers travel with the weights."""
+        return {name: vector.clone() for name, vector in self._metric.vectors.items()}
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state`, on any number of ranks: rank 0 takes the totals, the others hold zero."""
-        self._metric.observed = int(state["observed"])
+    def load(self, shares: Mapping[str, Tensor], observed: int) -> None:
+        """Go on after `observed` updates; a share that no rank left to this one is zero."""
+        self._metric.observed = observed
         for name, vector in self._metric.vectors.items():
-            vector.copy_(state[name] if self._ranks.is_first else torch.zeros_like(vector))
+            vector.copy_(shares.get(name, torch.zeros_like(vector)))
 
     def _score(self, group: PrunableGroup, totals: Tensor) -> Tensor:
         buckets: dict[Bucket, Tensor] = {}

@@ -14,12 +14,12 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "homodistil"
 
 LAYERS = (
-    {"errors", "hardware", "quiet"},
+    {"errors", "files", "hardware", "preemption", "quiet"},
     {"recipe", "config", "ds_schema", "ds_config", "arguments", "schedule", "batch", "signals", "summary"},
-    {"ranks", "state", "zero", "progress", "metrics"},
+    {"ranks", "state", "fragments", "zero", "progress", "metrics", "watchdog"},
     {"models", "kernels"},
     {"knowledge", "objective", "pruning", "data"},
-    {"student", "engine"},
+    {"student", "engine", "manifest", "checkpoint", "health"},
     {"opening", "closing", "forecast", "weights", "evaluation", "export", "report", "train"},
     {"cli"},
 )

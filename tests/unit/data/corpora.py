@@ -11,7 +11,7 @@ import torch
 from homodistil.config import DataConfig
 from homodistil.data.build import build_shards
 from homodistil.data.stream import Stream
-from homodistil.ranks import Ranks
+from tests.fixtures import SilentRanks
 
 SENTENCE = "the student learns from a teacher that shrinks slowly while every neuron of importance stays near"
 SEQUENCE_LENGTH = 16
@@ -31,9 +31,9 @@ def write_text(path: Path, articles: int = 60) -> Path:
 small_shards = partial(build_shards, vocab_size=300, sequence_length=SEQUENCE_LENGTH, shards=8, progress=False)
 
 
-def ranks(rank: int, world_size: int) -> Ranks:
+def ranks(rank: int, world_size: int) -> SilentRanks:
     """A place among ranks, without a process group."""
-    return Ranks(rank, world_size, 0, torch.device("cpu"))
+    return SilentRanks(rank, world_size, 0, torch.device("cpu"))
 
 
 def stream(shards: Path, rank: int = 0, world_size: int = 1, seed: int = 0, **options: object) -> Stream:

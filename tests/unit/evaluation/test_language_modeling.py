@@ -19,10 +19,9 @@ from homodistil.config import DataConfig
 from homodistil.data.stream import Stream
 from homodistil.errors import ModelError
 from homodistil.evaluation.language_modeling import evaluate_mlm, token_frequencies, unigram
-from homodistil.ranks import Ranks
-from tests.fixtures import FIRST_WORD, VOCABULARY, batch, save_bert, save_shards
+from tests.fixtures import FIRST_WORD, VOCABULARY, SilentRanks, batch, save_bert, save_shards
 
-ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+ALONE = SilentRanks(0, 1, 0, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -219,7 +219,7 @@ def test_a_tensor_without_any_importance_does_not_decide() -> None:
 def test_a_checkpoint_brings_back_scores_and_the_open_window() -> None:
     first = observed(Importance(settings(), GROUPS, ALONE, seed=0), 5, whole)  # type: ignore[arg-type]
     second = Importance(settings(), GROUPS, ALONE, seed=0)
-    second.load(first.state())
+    second.load(first.shares(), first.observed)
     for importance in (first, second):
         importance.observe(whole(*update(5)))
         importance.observe(whole(*update(6)))
@@ -253,7 +253,7 @@ def scores_of_a_rank(metric: str, world_size: int) -> tuple[int, dict[str, Tenso
             own[0].gradient[0] = float("nan")
         importance.observe(own)
     if metric != "platon":
-        importance.load(importance.state())
+        importance.load(importance.shares(), importance.observed)
     return importance.observed, importance.scores()
 
 

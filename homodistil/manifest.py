@@ -1,0 +1,147 @@
+"""Manifest: what one checkpoint is, in JSON. A checkpoint exists when its manifest does.
+
+Owns the record and the checks of a checkpoint against itself. Which one to take, and whether it fits the run, are
+checkpoint.py's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from homodistil.errors import CheckpointError
+from homodistil.files import sha256, write_text_durably
+from homodistil.fragments import SavedState
+from homodistil.metrics import Progress
+from homodistil.models.shape import StudentShape
+from homodistil.state import Layout, Range
+
+FILE = "manifest.json"
+FORMAT_VERSION = 1
+
+
+class Record(BaseModel):
+    """Base of a manifest's parts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class FragmentFile(Record):
+    """One rank's file."""
+
+    name: str
+    bytes: int
+    sha256: str
+    ranges: dict[str, tuple[int, int]]
+    """Parameter -> (first flat element, number of elements)."""
+
+    @property
+    def layout(self) -> Layout:
+        return {name: Range(*bounds) for name, bounds in self.ranges.items()}
+
+
+class Manifest(Record):
+    """Everything about a checkpoint that is not a tensor."""
+
+    format_version: int = FORMAT_VERSION
+    update: int
+    """Completed updates: the position in the stream, the schedule and the ladder."""
+    step: int
+    """Optimizer steps: updates less those left out for gradients that were not finite."""
+    world_size: int
+    zero_stage: int
+    shape: dict[str, Any]
+    """The student's, as `StudentShape.as_dict`."""
+    parameters: dict[str, tuple[int, ...]]
+    """Whole shapes of all trained parameters, aligners included, in the model's order."""
+    observed: int
+    """Updates that the importance scores have seen."""
+    bad_shards: list[str]
+    """Shards found damaged so far, and replaced."""
+    progress: Progress
+    identity: dict[str, str | int | float | None]
+    """What else decides the numbers: hashes of teacher, tokenizer and corpus, precision, clipping."""
+    run: dict[str, Any]
+    """The resolved configuration."""
+    versions: dict[str, str]
+    files: list[FragmentFile]
+    digest: str = Field(default="", repr=False)
+    """SHA-256 of all the above."""
+
+    @property
+    def student_shape(self) -> StudentShape:
+        return StudentShape.from_dict(self.shape)
+
+    def write(self, directory: Path) -> None:
+        """Make the checkpoint in `directory` exist."""
+        sealed = self.model_copy(update={"digest": _digest(self)})
+        write_text_durably(directory / FILE, sealed.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """The manifest in `directory`, if it is whole. Raises `CheckpointError`."""
+        path = directory / FILE
+        try:
+            manifest = cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(map(str, fault["loc"])) or "file"
+            raise CheckpointError(f"{path}: {where}: {fault['msg']}.") from None
+        if manifest.format_version != FORMAT_VERSION:
+            version = manifest.format_version
+            raise CheckpointError(f"{path}: format_version is {version}, but this homodistil reads {FORMAT_VERSION}.")
+        if manifest.digest != _digest(manifest):
+            raise CheckpointError(f"{path}: its digest does not match: something in it was changed.")
+        return manifest
+
+    def fault(self, directory: Path, file: FragmentFile) -> str | None:
+        """What is wrong with one of the files in `directory`, in words; None if it is as it was written."""
+        path = directory / file.name
+        size = path.stat().st_size if path.is_file() else None
+        if size != file.bytes:
+            return f"{path}: {'it is missing' if size is None else f'it has {size} bytes'}, expected {file.bytes} bytes"
+        found = sha256(path)
+        return None if found == file.sha256 else f"{path}: sha256 is {found[:12]}..., expected {file.sha256[:12]}..."
+
+    def saved_state(self, directory: Path) -> SavedState:
+        """The student in `directory`."""
+        layouts = {directory / file.name: file.layout for file in self.files}
+        return SavedState(layouts, {name: torch.Size(s) for name, s in self.parameters.items()}, self.step)
+
+
+class Difference(NamedTuple):
+    """A value that decides what a run computes, and is not what it was."""
+
+    key: str
+    then: Any
+    now: Any
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], free: tuple[str, ...]) -> list[Difference]:
+    """Keys, dotted, whose values differ between two nested configurations, except those at or below `free`."""
+    before, after = (_flat(json.loads(json.dumps(values))) for values in (then, now))  # tuples become lists
+    changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    return [
+        Difference(key, before.get(key), after.get(key))
+        for key in changed
+        if not any(f"{key}.".startswith(f"{name}.") for name in free)
+    ]
+
+
+def _digest(manifest: Manifest) -> str:
+    return hashlib.sha256(manifest.model_dump_json(exclude={"digest"}).encode()).hexdigest()
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

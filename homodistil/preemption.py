@@ -1,0 +1,29 @@
+"""Preemption: a machine that is about to go asks by a signal, and the run leaves in order, with a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Kubernetes', `kill`'s and the launchers'; Slurm's, asked for with `--signal=USR1@120`."""
+
+
+class Preemption:
+    """While entered, the signals only set a flag, so that an update in flight is finished first."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._earlier: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Preemption:
+        self._earlier = {number: signal.signal(number, self._request) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True

@@ -1,0 +1,125 @@
+"""Watchdog: a rank that waits for another one that hangs or died ends in bounded time, with words.
+
+A collective on which one rank does not arrive blocks all the others without an error (a stopped process, a stuck
+disk, on GPUs even a dead one). So every rank tells the rendezvous store that it lives; whoever makes no progress for
+too long looks up who does not, says so and exits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from typing import Any, NamedTuple
+
+from torch.distributed.distributed_c10d import _get_default_store
+
+from homodistil.errors import HomodistilError, RankLostError
+from homodistil.ranks import Ranks
+
+BEAT_SECONDS = 1.0
+"""Between two signs of life."""
+SILENCE_SECONDS = 5.0
+"""A rank that gave no sign for so long is taken for stopped or dead."""
+LOOKUP_SECONDS = 20.0
+"""Bound on asking the store, which a lost rank may have held."""
+
+
+class Sign(NamedTuple):
+    """A rank's last word."""
+
+    beat: int
+    update: int
+
+
+class Watchdog:
+    """While entered, watches over this process. `progress` is the main thread's proof of life."""
+
+    def __init__(self, ranks: Ranks, patience_seconds: float) -> None:
+        self._ranks, self._patience = ranks, patience_seconds
+        self._update, self._since = 0, time.monotonic()
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch)]
+
+    def __enter__(self) -> Watchdog:
+        self._since = time.monotonic()
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, raised: BaseException | None, trace: Any) -> None:
+        """Raises `RankLostError` in place of a failed collective, if another rank is gone."""
+        if isinstance(raised, RuntimeError) and not isinstance(raised, HomodistilError):
+            lost = self._bounded_lookup()
+            self._over.set()
+            if lost:
+                raise RankLostError(f"{lost} This rank cannot go on without it: {raised}") from raised
+        self._over.set()
+
+    def progress(self, update: int) -> None:
+        """Called by the main thread after every update, and after all else that takes long."""
+        self._update, self._since = update, time.monotonic()
+
+    def _beat(self) -> None:
+        store = _own_store()
+        beat = 0
+        while not self._over.wait(BEAT_SECONDS):
+            beat += 1
+            store.set(_key(self._ranks.rank), json.dumps(Sign(beat, self._update)))
+
+    def _watch(self) -> None:
+        interval = min(1.0, self._patience / 4)
+        while not self._over.wait(interval):
+            if time.monotonic() - self._since > self._patience:
+                who = self._bounded_lookup() or "All ranks answer, but one of them is stuck."
+                print(
+                    f"error on rank {self._ranks.rank}: no progress for {self._patience:.0f} s after update "
+                    f"{self._update}. {who} The run ends here; run the same command to go on from its last checkpoint. "
+                    "(health.patience_seconds is how long to wait.)",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(RankLostError.exit_code)
+
+    def _bounded_lookup(self) -> str:
+        """Who is lost, in words; empty if nobody is."""
+        found = ["The rendezvous store does not answer, so the rank that holds it, mostly rank 0, is lost."]
+
+        def look() -> None:
+            try:
+                found[0] = self._lookup()
+            except Exception as error:  # a store whose host is gone may raise anything
+                found[0] = f"{found[0]} ({error})"
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        thread.join(LOOKUP_SECONDS)
+        return found[0]
+
+    def _lookup(self) -> str:
+        store = _own_store()
+        before = self._signs(store)
+        time.sleep(SILENCE_SECONDS)
+        after = self._signs(store)
+        silent = [rank for rank in after if after[rank].beat == before[rank].beat and rank != self._ranks.rank]
+        behind = [rank for rank, sign in after.items() if sign.update < self._update and rank not in silent]
+        words = [f"Rank {rank} is stopped or dead; it had done {after[rank].update} updates." for rank in silent]
+        words += [f"Rank {rank} lives, but has done only {after[rank].update} updates." for rank in behind]
+        return " ".join(words)
+
+    def _signs(self, store: Any) -> dict[int, Sign]:
+        keys = [_key(rank) for rank in range(self._ranks.world_size)]
+        known = {rank: key for rank, key in enumerate(keys) if store.check([key])}
+        return {rank: Sign(*json.loads(store.get(key))) for rank, key in known.items()}
+
+
+def _own_store() -> Any:
+    """The rendezvous store, over a connection of its own: the main thread may be waiting on the other."""
+    store: Any = _get_default_store()
+    return store.clone()
+
+
+def _key(rank: int) -> str:
+    return f"homodistil/alive/{rank}"
