@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -110,7 +111,11 @@ class Checkpoints:
         if manifest is not None:
             self._check_same_run(directory, manifest)
         self._ranks.once(lambda: self._set_aside(directory, manifest.update if manifest else 0))
-        return RunState.saved(manifest, directory) if manifest else None
+        if manifest is None:
+            return None
+        if self._ranks.is_first:
+            print(f"going on from {directory}: {manifest.update} of {self._run.run.updates} updates", file=sys.stderr)
+        return RunState.saved(manifest, directory)
 
     def due(self, update: int) -> bool:
         """Whether the schedule asks for a checkpoint after this update."""

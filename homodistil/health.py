@@ -50,8 +50,8 @@ class Health:
         if self._skipped_in_a_row <= self._config.max_skipped:
             return None
         return NonFiniteError(
-            f"update {update}: {where}, for the {self._skipped_in_a_row}th time in a row (health.max_skipped is "
-            f"{self._config.max_skipped}). The weights are those before the first of them, and saved in the last "
+            f"update {update}: {where}; {self._skipped_in_a_row} updates in a row had to be left out "
+            f"(health.max_skipped is {self._config.max_skipped}). The weights are those before the first of them, and saved in the last "
             "checkpoint. Lower optimizer.learning_rate, or the weight of a term that is not finite."
         )
 

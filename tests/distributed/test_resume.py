@@ -1,0 +1,130 @@
+"""An interrupted run goes on as if nothing had happened: bit for bit on as many ranks, closely on others."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests import runs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.prepare(tmp_path_factory.mktemp("resume"))
+
+
+@pytest.fixture(scope="module")
+def samples() -> dict[str, dict[int, list[int]]]:
+    """Name of a whole run -> update -> the numbers of its sequences, in order."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path, pool: Any, samples: dict[str, dict[int, list[int]]]) -> Any:
+    """`uninterrupted(world_size, stage)`: name of a finished run that nothing disturbed."""
+
+    def run(world_size: int, stage: int) -> str:
+        name = f"whole-{world_size}-{stage}"
+        if name not in samples:
+            seen = pool(world_size).run(runs.execute, runs.configuration(folder, name), folder, stage)
+            samples[name] = runs.global_batches(seen)
+        return name
+
+    return run
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3], ids=["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        ("between_backward_and_step", runs.PRUNES[0]),
+        ("within_a_prune", runs.PRUNES[0]),
+        ("after_a_prune", runs.PRUNES[0]),
+        ("between_backward_and_step", 9),
+        ("while_writing", 8),
+    ],
+    ids=lambda fault: f"{fault[0]}_{fault[1]}",
+)
+def test_a_killed_run_goes_on_bit_for_bit(
+    folder: Path, pool: Any, uninterrupted: Any, stage: int, fault: tuple[str, int]
+) -> None:
+    whole, name = uninterrupted(2, stage), f"{fault[0]}-{fault[1]}-{stage}"
+    values = runs.configuration(folder, name)
+    assert all("killed" in seen for seen in pool(2).run(runs.execute, values, folder, stage, fault))
+    checkpoints = folder / "runs" / name / "checkpoints"
+    resumed_at = sorted(path.parent.name for path in checkpoints.glob("step_*/manifest.json"))[-1]
+    resumed = pool(2).run(runs.execute, values, folder, stage)
+    assert min(resumed[0]["samples"]) == int(resumed_at[5:]) + 1 > 1
+    assert runs.losses(folder, name) == runs.losses(folder, whole)
+    assert runs.kept(folder, name) == runs.kept(folder, whole)
+    ours, theirs = (load_file(folder / "runs" / run / "student" / "model.safetensors") for run in (name, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+CHANGES = [((4, 2), (2, 2)), ((2, 2), (4, 2)), ((2, 2), (1, 2)), ((2, 2), (2, 3))]
+"""(ranks, ZeRO stage) that wrote the checkpoint -> those that go on from it."""
+
+
+@pytest.mark.parametrize("killed_at", [5, 7], ids=["before_a_prune", "after_a_prune"])
+@pytest.mark.parametrize(("writer", "reader"), CHANGES, ids=lambda pair: f"{pair[0]}_ranks_zero{pair[1]}")
+def test_another_world_size_or_stage_goes_on_closely(
+    folder: Path,
+    pool: Any,
+    uninterrupted: Any,
+    samples: dict[str, dict[int, list[int]]],
+    writer: tuple[int, int],
+    reader: tuple[int, int],
+    killed_at: int,
+) -> None:
+    whole, name = uninterrupted(*writer), f"moved-{writer}-{reader}-{killed_at}"
+    values = runs.configuration(folder, name)
+    pool(writer[0]).run(runs.execute, values, folder, writer[1], ("between_backward_and_step", killed_at))
+    saved = saved_state(folder / "runs" / name / "checkpoints" / f"step_{killed_at - 1:08d}")
+    seen = pool(reader[0]).run(runs.execute, values, folder, reader[1])
+
+    loaded = held_state([rank["state"] for rank in seen])
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[key], saved[key]) for key in saved)
+    expected, found = runs.losses(folder, whole), runs.losses(folder, name)
+    for update, tolerance in ((killed_at, 1e-6), (killed_at + 9, 1e-4)):
+        assert found[update] == pytest.approx(expected[update], rel=tolerance)
+    batches = runs.global_batches(seen)
+    assert batches == {update: samples[whole][update] for update in range(killed_at, runs.UPDATES + 1)}
+    assert runs.kept(folder, name) == runs.kept(folder, whole)
+
+
+def saved_state(checkpoint: Path) -> dict[tuple[str, str], torch.Tensor]:
+    """(parameter, kind) -> the whole flat tensor, put together from a checkpoint's files by hand."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    whole: dict[tuple[str, str], torch.Tensor] = {}
+    for file in manifest["files"]:
+        with safe_open(checkpoint / file["name"], framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118  # a safe_open is no mapping
+                name, kind = key.split("/")
+                if name in file["ranges"]:
+                    start, count = file["ranges"][name]
+                    size = math.prod(manifest["parameters"][name])
+                    whole.setdefault((name, kind), torch.full((size,), torch.nan))[start : start + count] = (
+                        tensors.get_tensor(key)
+                    )
+    return whole
+
+
+def held_state(states: list[Any]) -> dict[tuple[str, str], torch.Tensor]:
+    """The same, of the state that the ranks of a live engine hold."""
+    whole: dict[tuple[str, str], torch.Tensor] = {}
+    for state in states:
+        for name, piece in state.pieces.items():
+            for kind, part in piece.values.items():
+                size = math.prod(piece.shape)
+                tensor = whole.setdefault((name, kind), torch.full((size,), torch.nan))
+                tensor[piece.start : piece.start + len(part)] = part
+    return whole

@@ -1,0 +1,94 @@
+"""Signals and deaths, on real launches: a complete checkpoint, a clear word, and no orphan."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from homodistil.errors import Preempted, RankLostError
+from tests import processes, runs
+from tests.faults import campaign
+from tests.faults.test_checkpoint_faults import is_whole
+
+LONG = {"run__updates": 2000, "checkpoint__every": 10, "validation__every": 1000}
+"""Far longer than any of these tests."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.prepare(tmp_path_factory.mktemp("processes"))
+
+
+def preempted(launch: processes.Launch, number: signal.Signals, group: bool) -> None:
+    """The launch trains, gets the signal, and leaves a complete checkpoint within an update and a write."""
+    launch.until(lambda: launch.updates() >= 3, "update 3")
+    at = launch.updates()
+    started = time.monotonic()
+    (launch.signal_group if group else launch.signal)(number)
+    launch.ended()
+    assert time.monotonic() - started < 30  # Kubernetes' grace period
+    summary = json.loads((launch.run / "summary.json").read_text())
+    assert summary["exit_status"] == Preempted.exit_code == 75
+    assert at <= summary["steps"] < LONG["run__updates"]
+    newest = launch.run / "checkpoints" / launch.checkpoints()[-1]
+    assert int(newest.name[5:]) == summary["steps"]
+    assert is_whole(newest)
+    assert "Run the same command to go on" in launch.log.read_text()
+
+
+def test_sigterm_to_torchrun(folder: Path) -> None:
+    preempted(processes.Launch(folder, "torchrun", "torchrun", **LONG), signal.SIGTERM, group=False)
+
+
+def test_sigterm_to_the_process_group_of_deepspeed(folder: Path) -> None:
+    preempted(processes.Launch(folder, "deepspeed", "deepspeed", **LONG), signal.SIGTERM, group=True)
+
+
+@pytest.mark.skipif(
+    not Path(sys.executable).with_name("mpirun").exists() and not shutil.which("mpirun"), reason="no mpirun here"
+)
+def test_sigterm_to_mpirun(folder: Path) -> None:
+    preempted(processes.Launch(folder, "mpirun", "mpirun", **LONG), signal.SIGTERM, group=False)
+
+
+def test_slurms_sigusr1_to_every_rank(folder: Path) -> None:
+    launch = processes.Launch(folder, "torchrun", "slurm", **LONG)
+    launch.until(lambda: launch.updates() >= 3, "update 3")
+    for rank in launch.ranks():
+        rank.send_signal(signal.SIGUSR1)
+    launch.ended()
+    assert json.loads((launch.run / "summary.json").read_text())["exit_status"] == 75
+
+
+def test_a_killed_rank_is_named_by_the_others(folder: Path) -> None:
+    launch = processes.Launch(folder, "torchrun", "dead-rank", **LONG)
+    launch.until(lambda: launch.checkpoints() and launch.updates() > 10, "a checkpoint")
+    launch.ranks()[1].kill()
+    assert launch.ended() != 0
+    assert "Rank 1 is stopped or dead" in launch.log.read_text()
+    assert is_whole(launch.run / "checkpoints" / launch.checkpoints()[-1])
+
+
+def test_a_stopped_rank_is_named_in_bounded_time(folder: Path) -> None:
+    launch = processes.Launch(folder, "torchrun", "stopped-rank", health__patience_seconds=5, **LONG)
+    launch.until(lambda: launch.checkpoints() and launch.updates() > 10, "a checkpoint")
+    stopped: psutil.Process = launch.ranks()[1]
+    stopped.suspend()
+    assert launch.ended() != 0
+    log = launch.log.read_text()
+    assert "no progress for 5 s" in log and "Rank 1 is stopped or dead" in log
+    assert f"exitcode  : {RankLostError.exit_code}" in log  # torchrun's report of the rank that gave up
+    assert is_whole(launch.run / "checkpoints" / launch.checkpoints()[-1])
+
+
+def test_a_short_campaign_of_kills_ends_like_the_undisturbed_run(folder: Path) -> None:
+    report = campaign.conduct(folder, kills=3, seed=0, updates=60)
+    assert report.kills >= 3
+    assert report.differences == []
