@@ -68,6 +68,18 @@ class Evaluate(Section):
     """Precision of the forward pass."""
 
 
+class Export(Section):
+    """Turn a checkpoint into other formats."""
+
+    checkpoint: Path
+    """A complete checkpoint, such as runs/NAME/checkpoints/step_00000500."""
+    output: Path
+    """Folder to write."""
+    format: Literal["huggingface", "deepspeed"] = "huggingface"
+    """`huggingface`: a directory that stock `from_pretrained` loads. `deepspeed`: fp32 weights that DeepSpeed's
+    zero_to_fp32.py reads."""
+
+
 # The libraries behind a command are imported when it runs: `--help` and a misspelt flag need not wait for torch.
 
 
@@ -117,6 +129,18 @@ def evaluate(arguments: Sequence[str]) -> None:
         print(f"{name:24} {value:.4f}")
 
 
+def export(arguments: Sequence[str]) -> None:
+    """Turn a checkpoint into a Hugging Face directory, or into what DeepSpeed's zero_to_fp32.py reads."""
+    options = _checked(Export, parse(Export, "homodistil export", arguments))
+
+    from homodistil import convert
+    from homodistil.quiet import hush
+
+    hush()
+    work = convert.to_huggingface if options.format == "huggingface" else convert.to_deepspeed
+    print(work(options.checkpoint, options.output))
+
+
 def build_shards(arguments: Sequence[str]) -> None:
     """Turn text into shards of packed sequences."""
     commands.build_shards(_checked(BuildShards, parse(BuildShards, "homodistil build-shards", arguments)))
@@ -136,6 +160,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "pretrain": pretrain,
     "measure-weights": measure_weights,
     "evaluate": evaluate,
+    "export": export,
     "build-shards": build_shards,
     "train-tokenizer": train_tokenizer,
     "verify-shards": verify_shards,

@@ -51,8 +51,8 @@ class Health:
             return None
         return NonFiniteError(
             f"update {update}: {where}; {self._skipped_in_a_row} updates in a row had to be left out "
-            f"(health.max_skipped is {self._config.max_skipped}). The weights are those before the first of them, and saved in the last "
-            "checkpoint. Lower optimizer.learning_rate, or the weight of a term that is not finite."
+            f"(health.max_skipped is {self._config.max_skipped}). The weights are those before the first of them, and "
+            "saved in the last checkpoint. Lower optimizer.learning_rate, or the weight of a term that is not finite."
         )
 
     def _compare(self, update: int, student: StudentEngine) -> None:

@@ -97,7 +97,7 @@ def plan_run(run: RunConfig, index: ShardIndex, ds_config: DeepSpeedConfig, worl
     _check_compile(run, ds_config, world_size)
     _check_destination(run)
     _check_tokenizer(run, index)
-    config = _original_config(run, index)
+    config = original_config(run, index)
     _check_positions(run, config, index)
     _check_vocabulary(run, config, index)
     family = family_of(config)
@@ -153,7 +153,7 @@ def _first_model(plan: Plan) -> PreTrainedModel:
     return new_model(plan.family.stock_config(plan.blueprint.config, plan.start.widths), attention)
 
 
-def _original_config(run: RunConfig, index: ShardIndex) -> PretrainedConfig:
+def original_config(run: RunConfig, index: ShardIndex) -> PretrainedConfig:
     """Of the teacher, even if its recipe is still to make it, or of the model made from nothing."""
     if run.teacher.path is None:
         return bert_config(run.student.config, index.vocab_size)

@@ -20,7 +20,7 @@ LAYERS = (
     {"models", "kernels"},
     {"knowledge", "objective", "pruning", "data"},
     {"student", "engine", "manifest", "checkpoint", "health"},
-    {"opening", "closing", "forecast", "weights", "evaluation", "export", "report", "train"},
+    {"opening", "closing", "forecast", "weights", "evaluation", "export", "convert", "report", "train"},
     {"cli"},
 )
 """Lowest first: a module imports from its own layer and those before it."""

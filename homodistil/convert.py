@@ -1,0 +1,90 @@
+"""A checkpoint, turned into what others read: a Hugging Face directory, or a DeepSpeed checkpoint.
+
+On one process, without engines. What a Hugging Face directory holds is export.py's.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from homodistil.config import RunConfig
+from homodistil.data.shards import ShardIndex
+from homodistil.errors import CheckpointError
+from homodistil.export import export_student
+from homodistil.files import write_durably, write_text_durably
+from homodistil.fragments import SavedState
+from homodistil.manifest import Manifest
+from homodistil.models import family_of
+from homodistil.models.attention import attention_implementation
+from homodistil.opening import original_config
+from homodistil.state import MASTER, Range
+from homodistil.student import MODEL, Blueprint
+
+
+def to_huggingface(checkpoint: Path, output: Path) -> Path:
+    """The student of a checkpoint as a plain Hugging Face directory, as the run itself leaves one at its end.
+
+    Raises `CheckpointError` for a damaged checkpoint, `ShapeError` where no stock config expresses the shape.
+    """
+    manifest = _whole(checkpoint)
+    run = RunConfig.model_validate(manifest.run)
+    index = ShardIndex.load(run.data.shards, check_files=False)
+    config = original_config(run, index)
+    blueprint = Blueprint(family_of(config), config, run, attention_implementation(run.performance.attention))
+    weights = model_weights(manifest.saved_state(checkpoint))
+    return export_student(weights, blueprint, manifest.student_shape, output, run.data.shards / index.tokenizer_name)
+
+
+def to_deepspeed(checkpoint: Path, output: Path) -> Path:
+    """A DeepSpeed checkpoint of the model's fp32 weights in `output`, as `zero_to_fp32.py` reads them: one partition
+    of ZeRO stage 2, with that script beside it. Raises `CheckpointError` for a damaged checkpoint."""
+    weights = model_weights(_whole(checkpoint).saved_state(checkpoint))
+    folder = output / checkpoint.name
+    folder.mkdir(parents=True, exist_ok=True)
+    partition = torch.cat([weight.flatten() for weight in weights.values()])
+    optimizer = {"zero_stage": 2, "partition_count": 1, "single_partition_of_fp32_groups": [partition]}
+    model: dict[str, object] = {
+        "module": {},
+        "buffer_names": [],
+        "param_shapes": [{name: weight.shape for name, weight in weights.items()}],
+        "shared_params": {},
+        "frozen_param_shapes": None,
+        "frozen_param_fragments": None,
+        "ds_version": version("deepspeed"),
+    }
+    _save(folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt", {"optimizer_state_dict": optimizer})
+    _save(folder / "mp_rank_00_model_states.pt", model)
+    write_text_durably(output / "latest", checkpoint.name)
+    deepspeed = find_spec("deepspeed")
+    if deepspeed and deepspeed.origin:
+        shutil.copy(Path(deepspeed.origin).parent / "utils" / "zero_to_fp32.py", output)  # as DeepSpeed itself does
+    return folder
+
+
+def model_weights(state: SavedState) -> dict[str, Tensor]:
+    """The model's fp32 masters, whole, by their Hugging Face names; a tied tensor once."""
+    everything = {name: Range(0, shape.numel()) for name, shape in state.shapes.items() if _is_model(name)}
+    pieces = state.moved(everything, torch.device("cpu"))
+    return {name.removeprefix(f"{MODEL}."): piece.values[MASTER].view(piece.shape) for name, piece in pieces}
+
+
+def _is_model(name: str) -> bool:
+    return name.startswith(f"{MODEL}.")
+
+
+def _whole(checkpoint: Path) -> Manifest:
+    manifest = Manifest.read(checkpoint)
+    if faults := [fault for file in manifest.files if (fault := manifest.fault(checkpoint, file))]:
+        raise CheckpointError(f"{'; '.join(faults)}. Take another checkpoint.")
+    return manifest
+
+
+def _save(path: Path, values: Mapping[str, object]) -> None:
+    write_durably(path, lambda partial: torch.save(values, partial))
