@@ -33,6 +33,9 @@ from homodistil.state import StudentState
 
 logger = logging.getLogger(__name__)
 
+GIB = 1024**3
+BYTES_PER_PARAMETER = 12
+"""A master and two moments, fp32."""
 LATEST = "latest"
 SET_ASIDE = "set_aside_"
 
@@ -116,6 +119,11 @@ class Checkpoints:
         if self._ranks.is_first:
             print(f"going on from {directory}: {manifest.update} of {self._run.run.updates} updates", file=sys.stderr)
         return RunState.saved(manifest, directory)
+
+    def check_room(self, parameters: int) -> None:
+        """Raise `CheckpointError` unless checkpoints of so many parameters, as many as are kept and the one being
+        written, have room. Collective."""
+        self._ranks.once(lambda: self._check_room(parameters * BYTES_PER_PARAMETER * (self._config.keep + 1)))
 
     def due(self, update: int) -> bool:
         """Whether the schedule asks for a checkpoint after this update."""
@@ -221,6 +229,15 @@ class Checkpoints:
                 f"{self._root}: cannot be written ({error.strerror}), and checkpoints go there. Set run.directory to a "
                 "folder with room that you may write to."
             ) from None
+
+    def _check_room(self, needed: int) -> None:
+        held = sum(file.stat().st_size for path in self._complete_ones() for file in path.iterdir())
+        free = shutil.disk_usage(self._root).free
+        if free + held < needed:
+            raise CheckpointError(
+                f"{self._root}: {free / GIB:.2f} GiB are free, but checkpoints will take up to {needed / GIB:.2f} GiB "
+                f"(checkpoint.keep is {self._config.keep}). Make room, or set run.directory to where there is some."
+            )
 
     def _newest_whole(self) -> tuple[Path, Manifest | None]:
         """The first of the candidates whose every byte is as it was written. Collective."""

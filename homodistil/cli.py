@@ -170,6 +170,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run `NAME flags...`; exits with 2 after an error that the user can mend, with 75 if it was preempted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    os.umask(os.umask(0o022) | 0o002)  # no file of ours is world-writable, whatever the machine's default
     try:
         _command(words[0] if words else "--help")(words[1:])
     except HomodistilError as error:

@@ -12,9 +12,11 @@ import math
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 SMALLEST_SHARE = 0.01
 """A term below this share of the total is as good as switched off."""
+
+SPIKE_FACTOR, SPIKE_POINTS = 2.0, 16
+"""A total loss above so many times the median of the last logged points is reported."""
 
 Scalars = Mapping[str, float]
 
@@ -69,6 +74,7 @@ class Metrics:
         self._window = _Window()
         self._tokens = progress.tokens
         self._faint_terms: set[str] = set()
+        self._totals: deque[float] = deque(maxlen=SPIKE_POINTS)
         self._exits = ExitStack()
         self.prunes = progress.prunes
 
@@ -121,8 +127,10 @@ class Metrics:
         self._window = _Window()
         self._write(update, scalars)
         self._show(scalars)
-        if self.prunes and self._ranks.is_first:
-            self._warn_of_faint_terms(scalars)
+        if self._ranks.is_first:
+            self._warn_of_a_spike(update, scalars["loss/total"])
+            if self.prunes:
+                self._warn_of_faint_terms(scalars)
 
     def validation(self, update: int, measures: Mapping[str, float | None]) -> None:
         """Log held-out figures; what is None, for want of a teacher, is left out."""
@@ -177,6 +185,17 @@ class Metrics:
     def _show(self, scalars: Scalars) -> None:
         losses = {name: f"{loss:.3g}" for name, loss in _group(scalars, "loss").items()}
         self._bar.set_postfix({**losses, "tokens/s": f"{scalars['speed/tokens_per_second']:,.0f}"}, refresh=False)
+
+    def _warn_of_a_spike(self, update: int, total: float) -> None:
+        usual = median(self._totals) if len(self._totals) == SPIKE_POINTS else math.inf
+        if total > SPIKE_FACTOR * usual:
+            message = (
+                "update %d: the total loss is %.3g, %.1f times the median of the last %d points (%.3g). Unless a prune "
+                "explains it, lower optimizer.learning_rate, or go back with --checkpoint.resume."
+            )
+            logger.warning(message, update, total, total / usual, SPIKE_POINTS, usual)
+        if math.isfinite(total):
+            self._totals.append(total)
 
     def _warn_of_faint_terms(self, scalars: Scalars) -> None:
         shares = _group(scalars, "share")

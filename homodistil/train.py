@@ -54,6 +54,7 @@ def train(plan: Plan, teacher_ds_config: DeepSpeedConfig, ranks: Ranks) -> RunSu
     stream = Stream(run.data, run.run.seed, ranks, state.bad_shards)
     teacher = open_teacher(plan, teacher_ds_config, ranks)
     student = open_student(plan, state, ranks)  # shape first: it decides every tensor
+    checkpoints.check_room(student.parameters)
     pruner = PruningCoordinator(run.pruning, plan.ladder, student.groups, ranks, run.run.seed)
     pruner.load(state.shares(ranks), state.observed)
     health = Health(run.health, ranks)

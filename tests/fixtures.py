@@ -26,8 +26,8 @@ PAD, UNK, CLS, SEP, MASK, FIRST_WORD = range(6)
 class SilentRanks(Ranks):
     """One rank's share of a world whose other ranks are not there: whatever they would say is nothing."""
 
-    def any(self, flag: bool) -> bool:
-        return flag
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        return values
 
     def gather(self, value: T) -> list[T]:
         return [value]

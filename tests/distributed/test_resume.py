@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from homodistil.convert import to_deepspeed, to_huggingface
 from tests import runs
 
 
@@ -99,6 +103,28 @@ def test_another_world_size_or_stage_goes_on_closely(
     batches = runs.global_batches(seen)
     assert batches == {update: samples[whole][update] for update in range(killed_at, runs.UPDATES + 1)}
     assert runs.kept(folder, name) == runs.kept(folder, whole)
+
+
+def test_a_checkpoint_becomes_the_directory_that_the_run_itself_leaves(
+    folder: Path, uninterrupted: Any, tmp_path: Path
+) -> None:
+    run = folder / "runs" / uninterrupted(2, 2)
+    checkpoint = max((run / "checkpoints").glob("step_*"))
+    to_huggingface(checkpoint, tmp_path / "student")
+    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / "student", run / "student"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_zero_to_fp32_reads_an_exported_checkpoint(folder: Path, uninterrupted: Any, tmp_path: Path) -> None:
+    checkpoint = max((folder / "runs" / uninterrupted(2, 2) / "checkpoints").glob("step_*"))
+    to_deepspeed(checkpoint, tmp_path)
+    script = [sys.executable, str(tmp_path / "zero_to_fp32.py"), str(tmp_path), str(tmp_path / "fp32")]
+    subprocess.run(script, check=True, capture_output=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
+    weights = torch.load(tmp_path / "fp32" / "pytorch_model.bin", weights_only=True)
+    masters = {name: part for (name, kind), part in saved_state(checkpoint).items() if kind == "master"}
+    assert {f"model.{name}" for name in weights} == {name for name in masters if name.startswith("model.")}
+    assert all(torch.equal(weight.flatten(), masters[f"model.{name}"]) for name, weight in weights.items())
 
 
 def saved_state(checkpoint: Path) -> dict[tuple[str, str], torch.Tensor]:

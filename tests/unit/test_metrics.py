@@ -14,21 +14,15 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from homodistil.config import RunConfig
-from homodistil.metrics import Metrics, Work
+from homodistil.metrics import Metrics, Progress, Work
 from homodistil.ranks import Ranks
+from tests.fixtures import SilentRanks
 from tests.pool import RankPool
 
 WIDTHS = {"hidden": 48, "ffn": 96, "heads": 6, "head_width": 8}
 
 
-class OneRank(Ranks):
-    """A world of one that needs no process group."""
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        return values
-
-
-ALONE = OneRank(0, 1, 0, torch.device("cpu"))
+ALONE = SilentRanks(0, 1, 0, torch.device("cpu"))
 
 
 def config(directory: Path, **run: Any) -> RunConfig:
@@ -156,3 +150,31 @@ def test_utilisation_is_useful_arithmetic_over_the_matrix_product_of_the_same_se
     (point,) = points(tmp_path)
     seconds = 1000 / point["speed/tokens_per_second"]
     assert point["speed/utilisation"] == pytest.approx(2e9 / (5e9 * seconds))
+
+
+def test_a_resumed_run_forgets_what_was_logged_beyond_its_checkpoint(tmp_path: Path) -> None:
+    def run(updates: range, start: int, progress: Progress | None) -> Progress:
+        with Metrics(config(tmp_path, log_every=1), ALONE, 1e12, start, progress) as metrics:
+            for update in updates:
+                metrics.record(update, losses(mlm=float(update)), Work(10, 1e9), 1e-3, 0.5)
+            return metrics.progress
+
+    first = run(range(1, 4), 0, None)
+    with (tmp_path / "tried" / "metrics.jsonl").open("a") as lines:
+        lines.write('{"update": 2, "loss/ml')  # killed while it wrote
+    time.sleep(1.1)  # TensorBoard orders files by the second
+    second = run(range(3, 5), 2, first)
+    assert [(point["update"], point["loss/mlm"]) for point in points(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 4)]
+    assert second.tokens == first.tokens + 20
+    assert second.seconds > first.seconds
+    board = EventAccumulator(str(tmp_path / "tried" / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss/mlm")] == [1, 2, 3, 4]
+
+
+def test_a_loss_spike_is_reported_against_the_usual_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with Metrics(config(tmp_path, log_every=1), ALONE, 1e12) as metrics, caplog.at_level(logging.WARNING):
+        for update in range(1, 20):
+            metrics.record(update, losses(mlm=9.0 if update == 18 else 3.0), Work(10, 1e9), 1e-3, 0.5)
+    (message,) = [record.getMessage() for record in caplog.records if "total loss" in record.getMessage()]
+    assert message.startswith("update 18: the total loss is 9, 3.0 times the median of the last 16 points (3)")
