@@ -219,7 +219,7 @@ def _no_space_left(at: int) -> Iterator[None]:
 
     def onto_a_full_disk(checkpoints: Checkpoints, directory: Path, *others: Any) -> Any:
         full = checkpoints._ranks.rank == 1 and directory.name.endswith(f"{at:08d}")
-        target = (lambda path, *rest: write_fragments(Path("/dev/full"), *rest)) if full else write_fragments
+        target = (lambda path, *rest: Path("/dev/full").write_bytes(b"fragments")) if full else write_fragments
         with patch.object(checkpoint, "write_fragments", target):
             return save(checkpoints, directory, *others)
 
