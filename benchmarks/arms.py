@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ COMMAND = f"launchers/pretrain.py --ds_config ds_configs/zero2.json --recipe min
 
 
 def main() -> None:
+    ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter).parse_args()
     rows = json.loads(ROWS.read_text(encoding="utf-8")) if ROWS.exists() else {}
     ROWS.parent.mkdir(parents=True, exist_ok=True)
     for rate in LEARNING_RATES:

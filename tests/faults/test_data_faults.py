@@ -78,7 +78,8 @@ def test_a_member_that_would_have_to_be_unpickled_is_never_read(folder: Path, sh
 
     import numpy as np
 
-    from homodistil.data.shards import ShardIndex, read_shard, sha256
+    from homodistil.data.shards import ShardIndex, read_shard
+    from homodistil.files import sha256
 
     class Harmful:
         def __reduce__(self) -> tuple[Any, ...]:
