@@ -34,6 +34,7 @@ from homodistil.models.loading import new_model
 from homodistil.pruning.coordinator import PruningCoordinator
 from homodistil.pruning.ladder import Ladder
 from homodistil.ranks import Ranks
+from homodistil.resume import resume
 from homodistil.state import Piece, StudentState
 from homodistil.student import Blueprint
 
@@ -119,7 +120,7 @@ def write_plainly(path: Path, size: int) -> None:
 
 def restored(run: RunConfig, held: StudentState, ranks: Ranks) -> dict[str, Piece]:
     """Find the newest checkpoint, verify it and read this rank's share. Collective."""
-    found = Checkpoints(run, {}, ranks).latest()
+    found = resume(run, {}, ranks)
     assert found is not None and found.student is not None
     return dict(found.student.moved(held.layout, torch.device("cpu")))
 

@@ -8,89 +8,64 @@ from typing import NoReturn
 import torch
 
 from homodistil.batch import Batch
-from homodistil.config import RunConfig
-from homodistil.engine import StudentEngine, TeacherEngine
 from homodistil.errors import Stopped
 from homodistil.evaluation.language_modeling import load_stock, score, unigram
 from homodistil.export import export_student
-from homodistil.metrics import Metrics, peak_memory_bytes
+from homodistil.metrics import peak_memory_bytes
 from homodistil.models.loading import model_directory
 from homodistil.objective.measures import Measures
-from homodistil.opening import Plan
-from homodistil.ranks import Ranks
+from homodistil.opening import Plan, Training
 from homodistil.report import write_report
-from homodistil.summary import FILE as SUMMARY
 from homodistil.summary import RunSummary, Score, StudentFigures, TeacherFigures, Validation, print_table
 
 
-def begin(run: RunConfig) -> None:
-    """The run's folder says what runs there, and no longer how an earlier process ended. On rank 0."""
-    run.save(run.run.path / "run.yaml")
-    (run.run.path / SUMMARY).unlink(missing_ok=True)
-
-
-def finish(
-    plan: Plan,
-    student: StudentEngine,
-    teacher: TeacherEngine | None,
-    validation: Measures,
-    held_out: list[Batch],
-    metrics: Metrics,
-    ranks: Ranks,
-) -> RunSummary:
+def finish(training: Training) -> RunSummary:
     """Gather the student on rank 0, close both engines, and leave the run's files behind. Collective."""
-    summary = _summary(plan.run.run.updates, plan, student, teacher, metrics, ranks)
-    weights, shape = dict(student.weights()), student.shape
-    close(student, teacher)
+    plan, measures = training.plan, training.validation
+    assert measures is not None, "a run is validated after its last update"
+    summary = _summary(training, plan.run.run.updates)
+    weights, shape = dict(training.student.weights()), training.student.shape
+    close(training)
 
     def leave_behind() -> RunSummary:
         directory = plan.run.run.path
         tokenizer = plan.run.data.shards / plan.index.tokenizer_name
         export_student(weights, plan.blueprint, shape, directory / "student", tokenizer)
-        scored = summary.model_copy(update={"validation": _validation(plan, validation, held_out, ranks.device)})
+        validation = _validation(plan, measures, training.held_out, training.ranks.device)
+        scored = summary.model_copy(update={"validation": validation})
         scored.write(directory)
         write_report(directory)
         print_table(scored, directory)
         return scored
 
-    return ranks.once(leave_behind)
+    return training.ranks.once(leave_behind)
 
 
-def leave(
-    reason: Stopped,
-    update: int,
-    plan: Plan,
-    student: StudentEngine,
-    teacher: TeacherEngine | None,
-    metrics: Metrics,
-    ranks: Ranks,
-) -> NoReturn:
+def leave(training: Training, update: int, reason: Stopped) -> NoReturn:
     """End a run before its time, after `update`, whose checkpoint is written: raises `reason`. Collective."""
-    summary = _summary(update, plan, student, teacher, metrics, ranks)
-    stopped = summary.model_copy(update={"exit_status": reason.exit_code})
-    ranks.once(lambda: stopped.write(plan.run.run.path))
-    close(student, teacher)
+    stopped = _summary(training, update).model_copy(update={"exit_status": reason.exit_code})
+    training.ranks.once(lambda: stopped.write(training.plan.run.run.path))
+    close(training)
     raise reason
 
 
-def close(student: StudentEngine, teacher: TeacherEngine | None) -> None:
+def close(training: Training) -> None:
     """Free both engines. Collective."""
-    student.close()
-    if teacher:
-        teacher.close()
+    training.student.close()
+    if training.teacher:
+        training.teacher.close()
 
 
-def _summary(
-    update: int, plan: Plan, student: StudentEngine, teacher: TeacherEngine | None, metrics: Metrics, ranks: Ranks
-) -> RunSummary:
-    """What a run came to so far, but for its held-out figures. Collective."""
+def _summary(training: Training, update: int) -> RunSummary:
+    """What a run came to after `update`, but for its held-out figures. Collective."""
+    plan, student, metrics, ranks = training.plan, training.student, training.metrics, training.ranks
     return RunSummary(
         recipe=plan.run.recipe,
         steps=update,
         world_size=ranks.world_size,
         zero_stage=student.zero_stage,
         seed=plan.run.run.seed,
-        teacher=TeacherFigures(parameters=teacher.parameters) if teacher else None,
+        teacher=TeacherFigures(parameters=training.teacher.parameters) if training.teacher else None,
         student=StudentFigures(
             parameters=student.parameters,
             shape={"layers": student.shape.layers, **vars(student.shape.widths)},
@@ -100,7 +75,7 @@ def _summary(
         seconds=metrics.seconds,
         tokens_per_second=metrics.tokens_per_second,
         peak_memory_bytes=max(ranks.gather(peak_memory_bytes())),
-        resumed_from=metrics.start or None,
+        resumed_from=training.start or None,
     )
 
 

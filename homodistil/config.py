@@ -45,6 +45,10 @@ class RunSection(Section):
     def path(self) -> Path:
         return self.directory / self.name
 
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
 
 class TeacherConfig(Section):
     """The frozen model whose knowledge the student matches."""
@@ -236,9 +240,11 @@ class CheckpointConfig(Section):
     every: int = Field(default=500, ge=1)
     """Updates between two checkpoints; there is always one at the end."""
     keep: int = Field(default=2, ge=1)
-    """Newest checkpoints kept; with two, a damaged one costs one interval."""
+    """Newest checkpoints kept; with two, a damaged one costs one interval more."""
     keep_every: int | None = Field(default=None, ge=1)
-    """Checkpoints after multiples of so many updates are kept for good."""
+    """Checkpoints at multiples of this many updates are never deleted."""
+    allow_changes: list[Annotated[str, Field(pattern=r"^(optimizer|objective)\.")]] = Field(default_factory=list)
+    """Keys of `optimizer` and `objective` that may differ from the checkpoint's, such as a lower learning rate."""
     background: bool = True
     """Write beside the training: a step waits only for the copy in memory."""
 
@@ -250,8 +256,8 @@ class HealthConfig(Section):
     """Updates in a row that may be left out because a gradient was not finite; one more stops the run."""
     compare_every: int = Field(default=500, ge=1)
     """Updates between two comparisons of all ranks' weights."""
-    patience_seconds: int = Field(default=1800, ge=1)
-    """Without progress for so long, a rank ends the run and says which one it waits for."""
+    hang_timeout_seconds: int = Field(default=1800, ge=1)
+    """Seconds without progress after which a rank ends the run and names the rank it waits for."""
 
 
 class PerformanceConfig(Section):

@@ -81,7 +81,7 @@ def _is_model(name: str) -> bool:
 
 def _whole(checkpoint: Path) -> Manifest:
     manifest = Manifest.read(checkpoint)
-    if faults := [fault for file in manifest.files if (fault := manifest.fault(checkpoint, file))]:
+    if faults := manifest.faults(checkpoint):
         raise CheckpointError(f"{'; '.join(faults)}. Take another checkpoint.")
     return manifest
 

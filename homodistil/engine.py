@@ -155,9 +155,9 @@ class StudentEngine:
         """Names, and (P,) int64, of the weights that every rank should hold alike."""
         return self._zero.fingerprints()
 
-    def export(self) -> StudentState:
+    def export(self, on_cpu: bool = False) -> StudentState:
         """This rank's share of the whole training state, copied."""
-        return self._zero.export()
+        return self._zero.export(device=torch.device("cpu") if on_cpu else None)
 
     def replica(self) -> Student:
         """A whole fp32 student in every rank, outside the engine. Collective."""

@@ -42,6 +42,10 @@ class ShardError(DataError, Stopped):
     """A shard that one of the ranks cannot read."""
 
 
+class CheckpointWriteError(CheckpointError, Stopped):
+    """A checkpoint that one of the ranks could not write."""
+
+
 class NonFiniteError(Stopped):
     """Gradients that were not finite, too often in a row."""
 
@@ -53,12 +57,12 @@ class RankLostError(HomodistilError):
 
 
 class Preempted(Stopped):
-    """The machine is asked for, and the same command goes on elsewhere."""
+    """The machine is being reclaimed; the same command resumes elsewhere."""
 
     exit_code = 75  # sysexits' EX_TEMPFAIL
 
     def __init__(self, update: int) -> None:
-        super().__init__(f"the checkpoint after update {update} is complete. Run the same command to go on.")
+        super().__init__(f"the checkpoint after update {update} is complete. Run the same command to resume.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
 """Manifest: what one checkpoint is, in JSON. A checkpoint exists when its manifest does.
 
-Owns the record and the checks of a checkpoint against itself. Which one to take, and whether it fits the run, are
-checkpoint.py's.
+Owns the record, the names, and the checks of a checkpoint against itself. Which one to take, and whether it fits the
+run, are resume.py's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from homodistil.metrics import Progress
 from homodistil.models.shape import StudentShape
 from homodistil.state import Layout, Range
 
-FILE = "manifest.json"
+FILE, LATEST = "manifest.json", "latest"
 FORMAT_VERSION = 1
 
 
@@ -102,19 +102,30 @@ class Manifest(Record):
             raise CheckpointError(f"{path}: its digest does not match: something in it was changed.")
         return manifest
 
-    def fault(self, directory: Path, file: FragmentFile) -> str | None:
-        """What is wrong with one of the files in `directory`, in words; None if it is as it was written."""
-        path = directory / file.name
-        size = path.stat().st_size if path.is_file() else None
-        if size != file.bytes:
-            return f"{path}: {'it is missing' if size is None else f'it has {size} bytes'}, expected {file.bytes} bytes"
-        found = sha256(path)
-        return None if found == file.sha256 else f"{path}: sha256 is {found[:12]}..., expected {file.sha256[:12]}..."
+    def faults(self, directory: Path, which: slice = slice(None)) -> list[str]:
+        """What is wrong with the files in `directory`, or with some of them, in words; nothing if they are as they were
+        written. Reads them whole."""
+        return [fault for file in self.files[which] if (fault := _fault(directory / file.name, file))]
 
     def saved_state(self, directory: Path) -> SavedState:
         """The student in `directory`."""
         layouts = {directory / file.name: file.layout for file in self.files}
         return SavedState(layouts, {name: torch.Size(s) for name, s in self.parameters.items()}, self.step)
+
+
+def step_name(update: int) -> str:
+    """Folder of the checkpoint after an update."""
+    return f"step_{update:08d}"
+
+
+def update_of(checkpoint: Path) -> int:
+    """The update that a checkpoint's folder is named for."""
+    return int(checkpoint.name.rpartition("_")[2])
+
+
+def complete_checkpoints(root: Path) -> list[Path]:
+    """Those that exist below `root`, newest first."""
+    return sorted((path.parent for path in root.glob(f"step_*/{FILE}")), key=update_of, reverse=True)
 
 
 class Difference(NamedTuple):
@@ -134,6 +145,15 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], free: tuple[str
         for key in changed
         if not any(f"{key}.".startswith(f"{name}.") for name in free)
     ]
+
+
+def _fault(path: Path, expected: FragmentFile) -> str | None:
+    size = path.stat().st_size if path.is_file() else None
+    if size != expected.bytes:
+        found = "it is missing" if size is None else f"it has {size} bytes"
+        return f"{path}: {found}, expected {expected.bytes} bytes"
+    digest = sha256(path)
+    return None if digest == expected.sha256 else f"{path}: sha256 is {digest[:12]}..., not {expected.sha256[:12]}..."
 
 
 def _digest(manifest: Manifest) -> str:

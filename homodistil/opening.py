@@ -13,24 +13,32 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from homodistil.checkpoint import RunState
+from homodistil.batch import Batch
+from homodistil.checkpoint import Checkpoints
 from homodistil.config import RunConfig
 from homodistil.data.build import build_shards
 from homodistil.data.shards import ShardIndex
-from homodistil.data.stream import check_divisions
+from homodistil.data.stream import Stream, check_divisions
 from homodistil.data.tokenizer import tokenizer_hash
 from homodistil.ds_config import DeepSpeedConfig
 from homodistil.engine import StudentEngine, TeacherEngine
 from homodistil.errors import ConfigError, DataError
 from homodistil.export import refuse_to_replace_anything_else
+from homodistil.hardware import matrix_product_flops
+from homodistil.health import Health
+from homodistil.metrics import Metrics
 from homodistil.models import family_of
 from homodistil.models.attention import attention_implementation
 from homodistil.models.base import ModelFamily
 from homodistil.models.loading import bert_config, load_config, load_model, model_directory, model_hash, new_model
 from homodistil.models.shape import StudentShape
+from homodistil.objective.measures import Measures
+from homodistil.pruning.coordinator import PruningCoordinator
 from homodistil.pruning.ladder import Ladder
 from homodistil.ranks import Ranks
+from homodistil.resume import RunState, resume
 from homodistil.student import Blueprint
+from homodistil.summary import FILE as SUMMARY
 
 
 def provide_shards(run: RunConfig, ranks: Ranks) -> ShardIndex:
@@ -119,6 +127,60 @@ def plan_run(run: RunConfig, index: ShardIndex, ds_config: DeepSpeedConfig, worl
     if run.student.init == "random" and ladder.rungs:
         start, ladder = full.first(ladder.rungs[-1].widths), Ladder(())
     return Plan(run, ds_config, index, blueprint, start, ladder)
+
+
+@dataclass
+class Training:
+    """A run under way: what the story's verbs act on. The student changes with every prune."""
+
+    plan: Plan
+    ranks: Ranks
+    start: int
+    """Updates that earlier processes completed."""
+    stream: Stream
+    teacher: TeacherEngine | None
+    student: StudentEngine
+    pruner: PruningCoordinator
+    checkpoints: Checkpoints
+    health: Health
+    metrics: Metrics
+    held_out: list[Batch]
+    validation: Measures | None = None
+    """Of the latest held-out measurement."""
+
+
+def open_training(plan: Plan, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> Training:
+    """Everything that a run needs, where its newest intact checkpoint left off, or at the beginning. Collective."""
+    run = plan.run
+    identity = ranks.once(lambda: plan.identity)
+    state = resume(run, identity, ranks) or RunState(update=0, shape=plan.start)
+    ranks.once(lambda: _take_possession(run))
+    stream = Stream(run.data, run.run.seed, ranks, state.bad_shards)
+    teacher, student = open_teacher(plan, teacher_ds, ranks), open_student(plan, state, ranks)
+    checkpoints = Checkpoints(run, identity, ranks)
+    checkpoints.check_room(student.parameters)
+    pruner = PruningCoordinator(run.pruning, plan.ladder, student.groups, ranks, run.run.seed)
+    pruner.load(state.shares(ranks), state.observed)
+    peak_flops = matrix_product_flops(plan.dtype, ranks.device)
+    return Training(
+        plan=plan,
+        ranks=ranks,
+        start=state.update,
+        stream=stream,
+        teacher=teacher,
+        student=student,
+        pruner=pruner,
+        checkpoints=checkpoints,
+        health=Health(run.health, ranks),
+        metrics=Metrics(run, ranks, peak_flops, state.update, state.progress),
+        held_out=stream.validation(run.validation.sequences, run.data.micro_batch),
+    )
+
+
+def _take_possession(run: RunConfig) -> None:
+    """The run's folder says what runs there, and no longer how an earlier process ended. On rank 0."""
+    run.save(run.run.path / "run.yaml")
+    (run.run.path / SUMMARY).unlink(missing_ok=True)
 
 
 def open_teacher(plan: Plan, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> TeacherEngine | None:

@@ -6,6 +6,9 @@ import signal
 from types import FrameType
 from typing import Any
 
+from homodistil.errors import Preempted
+from homodistil.ranks import Ranks
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Kubernetes', `kill`'s and the launchers'; Slurm's, asked for with `--signal=USR1@120`."""
 
@@ -24,6 +27,10 @@ class Preemption:
     def __exit__(self, *raised: object) -> None:
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
+
+    def check(self, update: int, ranks: Ranks) -> Preempted | None:
+        """The reason to stop after this update, if any rank was asked to. Collective."""
+        return Preempted(update) if ranks.any(self.requested) else None
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

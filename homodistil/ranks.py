@@ -59,6 +59,10 @@ class Ranks:
         """Whether any rank says so. Collective."""
         return bool(self.sum(torch.tensor([float(flag)], device=self.device)).item())
 
+    def all(self, flag: bool) -> bool:
+        """Whether every rank says so. Collective."""
+        return not self.any(not flag)
+
     def seed(self, *keys: int) -> None:
         """From here on, torch's draws (dropout) depend on these keys and the rank alone: no checkpoint needs them."""
         digest = hashlib.sha256(repr((*keys, self.rank)).encode()).digest()

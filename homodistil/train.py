@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+
+from torch import Tensor
 
 from homodistil.batch import Batch
-from homodistil.checkpoint import Checkpoints, RunState
-from homodistil.closing import begin, finish, leave
+from homodistil.closing import finish, leave
 from homodistil.config import RunConfig
-from homodistil.data.stream import Stream
 from homodistil.ds_config import DeepSpeedConfig
-from homodistil.engine import StudentEngine, TeacherEngine, started_ranks
-from homodistil.errors import Preempted, Stopped
+from homodistil.engine import started_ranks
+from homodistil.errors import Stopped
 from homodistil.forecast import show_forecast, update_flops
-from homodistil.hardware import matrix_product_flops
-from homodistil.health import Health
-from homodistil.metrics import Metrics, Work
-from homodistil.objective.measures import Measures
-from homodistil.opening import Plan, open_student, open_teacher, plan_run, provide_shards, provide_teacher
+from homodistil.metrics import Work
+from homodistil.opening import Plan, Training, open_training, plan_run, provide_shards, provide_teacher
 from homodistil.preemption import Preemption
-from homodistil.pruning.coordinator import PrunePlan, PruningCoordinator
+from homodistil.pruning.coordinator import PrunePlan
 from homodistil.ranks import Ranks
 from homodistil.schedule import learning_rate
 from homodistil.summary import RunSummary
@@ -45,73 +43,66 @@ def pretrain(
 
 
 def train(plan: Plan, teacher_ds_config: DeepSpeedConfig, ranks: Ranks) -> RunSummary:
-    """Shrink a student out of its teacher while distilling it, going on from a checkpoint if there is one; without a
-    teacher, plain training. Collective."""
-    run = plan.run
-    checkpoints = Checkpoints(run, ranks.once(lambda: plan.identity), ranks)
-    state = checkpoints.latest() or RunState(update=0, shape=plan.start)
-    ranks.once(lambda: begin(run))
-    stream = Stream(run.data, run.run.seed, ranks, state.bad_shards)
-    teacher = open_teacher(plan, teacher_ds_config, ranks)
-    student = open_student(plan, state, ranks)  # shape first: it decides every tensor
-    checkpoints.check_room(student.parameters)
-    pruner = PruningCoordinator(run.pruning, plan.ladder, student.groups, ranks, run.run.seed)
-    pruner.load(state.shares(ranks), state.observed)
-    health = Health(run.health, ranks)
-    held_out = stream.validation(run.validation.sequences, run.data.micro_batch)
-    speed = matrix_product_flops(plan.dtype, ranks.device)
-
-    metrics = Metrics(run, ranks, speed, state.update, state.progress)
-    preemption, watchdog = Preemption(), Watchdog(ranks, run.health.patience_seconds)
-    with metrics, preemption, watchdog:
-        metrics.shape(state.update, vars(student.shape.widths), student.parameters)
-        validation = validate(state.update, student, held_out, teacher, metrics)  # at update 0, KL is 0
-        for update, batch in stream.updates(start=state.update, stop=run.run.updates):
-            ranks.seed(run.run.seed, update)
-            losses = student.accumulate(batch, teacher)  # forward and backward, micro-batches inside
-            pruner.observe(student.fragments())  # |w * g|, on this rank's shards only
-            rate = learning_rate(run.optimizer, update, run.run.updates)
-            student.update(rate)  # left out by the engine if a gradient is not finite
-            stop: Stopped | None = health.check(update, losses, student)
-            work = Work(plan.tokens_per_update, update_flops(plan, student.shape.widths))
-            metrics.record(update, losses, work, rate, student.gradient_norm, len(stream.bad_shards))
-            if prune := pruner.plan(update):  # collective: one plan, agreed by all
-                student = shrink(student, prune, batch.rows(0, run.data.micro_batch), teacher, metrics)
-                pruner.rebase(student.groups)
-            if update % run.validation.every == 0 or update == run.run.updates:
-                validation = validate(update, student, held_out, teacher, metrics)
-            if ranks.any(preemption.requested):
-                stop = stop or Preempted(update)
-            if checkpoints.due(update) or stop:
-                checkpoints.write(update, student, pruner, stream.bad_shards, metrics.progress)
-                metrics.checkpointed(update, checkpoints.held_seconds)
-            checkpoints.advance()
-            watchdog.progress(update)
-            if stop:
-                checkpoints.settle()
-                leave(stop, update, plan, student, teacher, metrics, ranks)
-        checkpoints.settle()
-    return finish(plan, student, teacher, validation, held_out, metrics, ranks)
+    """Shrink a student out of its teacher while distilling it, from the newest checkpoint on if there is one; without
+    a teacher, plain training. Collective."""
+    run, last = plan.run, plan.run.run.updates
+    stop: Stopped | None = None
+    with Preemption() as preemption:
+        training = open_training(plan, teacher_ds_config, ranks)
+        with training.metrics, Watchdog(ranks, run.health.hang_timeout_seconds) as watchdog:
+            validate(training, training.start)  # before the first update the student is the teacher: KL is 0
+            for update, batch in training.stream.updates(training.start, last):
+                ranks.seed(run.run.seed, update)
+                losses = training.student.accumulate(batch, training.teacher)  # forward and backward, in micro-batches
+                training.pruner.observe(training.student.fragments())  # |w * g|, on this rank's shards only
+                rate = learning_rate(run.optimizer, update, last)
+                training.student.update(rate)  # the engine skips it if a gradient is not finite
+                record(training, update, losses, rate)
+                stop = training.health.check(update, losses, training.student)
+                if prune := training.pruner.plan(update):  # collective: one plan, agreed by all
+                    shrink(training, prune, batch)
+                if update % run.validation.every == 0 or update == last:
+                    validate(training, update)
+                stop = stop or preemption.check(update, ranks)
+                if stop or training.checkpoints.due(update):
+                    save(training, update)
+                training.checkpoints.advance()
+                watchdog.progress(update)
+                if stop:
+                    break
+            training.checkpoints.settle()
+        return leave(training, update, stop) if stop else finish(training)
 
 
-def validate(
-    update: int, student: StudentEngine, held_out: list[Batch], teacher: TeacherEngine | None, metrics: Metrics
-) -> Measures:
+def record(training: Training, update: int, losses: Mapping[str, Tensor], rate: float) -> None:
+    """Log the update's losses, rate and throughput. Collective when a point is due."""
+    plan, student = training.plan, training.student
+    work = Work(plan.tokens_per_update, update_flops(plan, student.shape.widths))
+    training.metrics.record(update, losses, work, rate, student.gradient_norm, len(training.stream.bad_shards))
+
+
+def validate(training: Training, update: int) -> None:
     """Teacher and student on the held-out text, logged; it does not count against the throughput. Collective."""
-    with metrics.paused():
-        measures = student.validate(held_out, teacher)
-    metrics.validation(update, vars(measures))
-    return measures
+    with training.metrics.paused():
+        training.validation = training.student.validate(training.held_out, training.teacher)
+    training.metrics.validation(update, vars(training.validation))
 
 
-def shrink(
-    student: StudentEngine, plan: PrunePlan, probe: Batch, teacher: TeacherEngine | None, metrics: Metrics
-) -> StudentEngine:
-    """The narrower student; the jump in KL that the prune alone caused, on one batch, is logged. Collective."""
-    started = time.perf_counter()
-    before = student.validate([probe], teacher)
-    student = student.shrunk(plan)
-    after, seconds = student.validate([probe], teacher), time.perf_counter() - started
+def shrink(training: Training, plan: PrunePlan, batch: Batch) -> None:
+    """The narrower student in place of the wider one; the jump in KL that the prune alone caused, on one batch, is
+    logged. Collective."""
+    started, probe, teacher = time.perf_counter(), batch.rows(0, training.plan.run.data.micro_batch), training.teacher
+    before = training.student.validate([probe], teacher)
+    training.student = training.student.shrunk(plan)
+    training.pruner.rebase(training.student.groups)
+    after, seconds = training.student.validate([probe], teacher), time.perf_counter() - started
     if before.kl is not None and after.kl is not None:
-        metrics.pruned(plan.update, vars(plan.widths), student.parameters, before.kl, after.kl, seconds)
-    return student
+        widths, parameters = vars(plan.widths), training.student.parameters
+        training.metrics.pruned(plan.update, widths, parameters, before.kl, after.kl, seconds)
+
+
+def save(training: Training, update: int) -> None:
+    """A checkpoint of where the run stands after `update`. Collective."""
+    t = training
+    held = t.checkpoints.write(update, t.student, t.pruner, t.stream.bad_shards, t.metrics.progress)
+    t.metrics.checkpointed(update, held)

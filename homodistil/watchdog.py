@@ -1,8 +1,8 @@
 """Watchdog: a rank that waits for another one that hangs or died ends in bounded time, with words.
 
-A collective on which one rank does not arrive blocks all the others without an error (a stopped process, a stuck
-disk, on GPUs even a dead one). So every rank tells the rendezvous store that it lives; whoever makes no progress for
-too long looks up who does not, says so and exits.
+A collective on which one rank does not arrive (a stopped process, a stuck disk, on GPUs even a dead one) blocks all the
+others until the process group's own timeout, and then says nothing of who it was. So every training rank tells the
+rendezvous store that it lives; whoever makes no progress for too long looks up who does not, says so and exits.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any, NamedTuple
 
 from torch.distributed.distributed_c10d import _get_default_store
 
-from homodistil.errors import HomodistilError, RankLostError
+from homodistil.errors import RankLostError
 from homodistil.ranks import Ranks
 
 BEAT_SECONDS = 1.0
 """Between two signs of life."""
 SILENCE_SECONDS = 5.0
-"""A rank that gave no sign for so long is taken for stopped or dead."""
+"""A rank silent this long counts as stopped or dead."""
 LOOKUP_SECONDS = 20.0
 """Bound on asking the store, which a lost rank may have held."""
 
 
-class Sign(NamedTuple):
-    """A rank's last word."""
+class Heartbeat(NamedTuple):
+    """A rank's latest sign of life."""
 
     beat: int
     update: int
@@ -37,8 +37,9 @@ class Sign(NamedTuple):
 class Watchdog:
     """While entered, watches over this process. `progress` is the main thread's proof of life."""
 
-    def __init__(self, ranks: Ranks, patience_seconds: float) -> None:
-        self._ranks, self._patience = ranks, patience_seconds
+    def __init__(self, ranks: Ranks, timeout_seconds: float) -> None:
+        """timeout_seconds: an update, with its prune, validation and checkpoint, must fit inside it."""
+        self._ranks, self._timeout = ranks, timeout_seconds
         self._update, self._since = 0, time.monotonic()
         self._over = threading.Event()
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._beat, self._watch)]
@@ -51,7 +52,7 @@ class Watchdog:
 
     def __exit__(self, kind: type[BaseException] | None, raised: BaseException | None, trace: Any) -> None:
         """Raises `RankLostError` in place of a failed collective, if another rank is gone."""
-        if isinstance(raised, RuntimeError) and not isinstance(raised, HomodistilError):
+        if isinstance(raised, RuntimeError):
             lost = self._bounded_lookup()
             self._over.set()
             if lost:
@@ -59,7 +60,7 @@ class Watchdog:
         self._over.set()
 
     def progress(self, update: int) -> None:
-        """Called by the main thread after every update, and after all else that takes long."""
+        """Called by the main thread after every update."""
         self._update, self._since = update, time.monotonic()
 
     def _beat(self) -> None:
@@ -67,17 +68,17 @@ class Watchdog:
         beat = 0
         while not self._over.wait(BEAT_SECONDS):
             beat += 1
-            store.set(_key(self._ranks.rank), json.dumps(Sign(beat, self._update)))
+            store.set(_key(self._ranks.rank), json.dumps(Heartbeat(beat, self._update)))
 
     def _watch(self) -> None:
-        interval = min(1.0, self._patience / 4)
+        interval = min(1.0, self._timeout / 4)
         while not self._over.wait(interval):
-            if time.monotonic() - self._since > self._patience:
+            if time.monotonic() - self._since > self._timeout:
                 who = self._bounded_lookup() or "All ranks answer, but one of them is stuck."
                 print(
-                    f"error on rank {self._ranks.rank}: no progress for {self._patience:.0f} s after update "
-                    f"{self._update}. {who} The run ends here; run the same command to go on from its last checkpoint. "
-                    "(health.patience_seconds is how long to wait.)",
+                    f"error on rank {self._ranks.rank}: no progress for {self._timeout:.0f} s after update "
+                    f"{self._update}. {who} The run ends here; the same command resumes from its last checkpoint. "
+                    "(health.hang_timeout_seconds is how long to wait.)",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -100,19 +101,20 @@ class Watchdog:
 
     def _lookup(self) -> str:
         store = _own_store()
-        before = self._signs(store)
+        before = self._heartbeats(store)
         time.sleep(SILENCE_SECONDS)
-        after = self._signs(store)
-        silent = [rank for rank in after if after[rank].beat == before[rank].beat and rank != self._ranks.rank]
-        behind = [rank for rank, sign in after.items() if sign.update < self._update and rank not in silent]
+        after = self._heartbeats(store)
+        others = [rank for rank in range(self._ranks.world_size) if rank != self._ranks.rank]
+        silent = [rank for rank in others if after[rank].beat == before[rank].beat]
+        behind = [rank for rank in others if rank not in silent and after[rank].update < self._update]
         words = [f"Rank {rank} is stopped or dead; it had done {after[rank].update} updates." for rank in silent]
         words += [f"Rank {rank} lives, but has done only {after[rank].update} updates." for rank in behind]
         return " ".join(words)
 
-    def _signs(self, store: Any) -> dict[int, Sign]:
+    def _heartbeats(self, store: Any) -> list[Heartbeat]:
+        """Every rank's latest; zeros for one that never gave any."""
         keys = [_key(rank) for rank in range(self._ranks.world_size)]
-        known = {rank: key for rank, key in enumerate(keys) if store.check([key])}
-        return {rank: Sign(*json.loads(store.get(key))) for rank, key in known.items()}
+        return [Heartbeat(*json.loads(store.get(key))) if store.check([key]) else Heartbeat(0, 0) for key in keys]
 
 
 def _own_store() -> Any:

@@ -15,7 +15,6 @@ from rich.table import Table
 from torch import Tensor
 
 from homodistil.batch import Batch
-from homodistil.checkpoint import RunState
 from homodistil.config import ObjectiveConfig, RunConfig
 from homodistil.data.stream import Stream
 from homodistil.ds_config import DeepSpeedConfig
@@ -27,6 +26,7 @@ from homodistil.progress import Bar, progress_bar
 from homodistil.pruning.coordinator import PruningCoordinator
 from homodistil.pruning.ladder import Ladder
 from homodistil.ranks import Ranks
+from homodistil.resume import RunState
 from homodistil.schedule import learning_rate
 from homodistil.student import Student, as_tuple
 

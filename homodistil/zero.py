@@ -61,14 +61,17 @@ class ZeroStudent:
             shape = self._partition.shape(parameter)
             yield Fragment(name, shape, owned.start, weight, gradient, self.buffers.setdefault(name, {}))
 
-    def export(self, kinds: tuple[str, ...] = (MASTER, EXP_AVG, EXP_AVG_SQ)) -> StudentState:
-        """Copies of what this rank owns: masters, moments and all buffers; with fewer `kinds`, only those."""
+    def export(
+        self, kinds: tuple[str, ...] = (MASTER, EXP_AVG, EXP_AVG_SQ), device: torch.device | None = None
+    ) -> StudentState:
+        """Copies, on `device` or where they are, of what this rank owns: masters, moments and all buffers; with fewer
+        `kinds`, only those."""
         pieces = {}
         for name, owned in self._owned.items():
             parameter = self._parameters[name]
-            values = {kind: self._partition.view(parameter, kind).clone() for kind in kinds}
-            if EXP_AVG in kinds:
-                values |= {kind: buffer.clone() for kind, buffer in self.buffers.get(name, {}).items()}
+            kept = {kind: self._partition.view(parameter, kind) for kind in kinds}
+            kept |= self.buffers.get(name, {}) if EXP_AVG in kinds else {}
+            values = {kind: tensor.to(device or tensor.device, copy=True) for kind, tensor in kept.items()}
             pieces[name] = Piece(self._partition.shape(parameter), owned.start, values)
         return StudentState(pieces, self.shapes, self.step)
 

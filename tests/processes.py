@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ PATIENCE_SECONDS = 240.0
 
 
 class Launch:
-    """A launcher with two ranks below it, in a process group of its own; `flags` are the run's."""
+    """A launcher with two ranks below it, in a process group of its own; `changes` are the run's."""
 
     def __init__(self, folder: Path, launcher: str, name: str, **changes: Any) -> None:
         self.run = folder / "runs" / name
@@ -90,9 +92,15 @@ class Launch:
     def kill(self) -> None:
         """SIGKILL to everything, as a machine that loses power."""
         for process in self.alive():
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self.process.kill()
         self.process.wait()
+
+
+def mpirun() -> str | None:
+    """The virtual environment's own, or the system's."""
+    return shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 
 
 def _torchrun() -> list[str]:
@@ -106,7 +114,8 @@ def _deepspeed() -> list[str]:
 
 
 def _mpirun() -> list[str]:
-    program = str(Path(sys.executable).with_name("mpirun"))
+    program = mpirun()
+    assert program is not None
     root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
     return [program, *root, "--oversubscribe", "--bind-to", "none", "-np", "2", sys.executable]
 

@@ -98,7 +98,8 @@ def execute(values: dict[str, Any], folder: Path, stage: int, fault: tuple[str, 
     try:
         index = ShardIndex.load(run.data.shards, check_files=False)
         plan = plan_run(run, index, student, ranks.world_size)
-        with _witnessed(seen), _faulty(*(fault or ("none", 0))):
+        kind, at = fault or ("none", 0)
+        with _witnessed(seen), FAULTS[kind](at):
             train.train(plan, teacher, ranks)
     except Killed:
         seen["killed"] = True
@@ -109,9 +110,9 @@ def execute(values: dict[str, Any], folder: Path, stage: int, fault: tuple[str, 
 
 @contextmanager
 def _witnessed(seen: dict[str, Any]) -> Iterator[None]:
-    from homodistil import train
+    from homodistil import opening
 
-    open_student, updates = train.open_student, train.Stream.updates
+    open_student, updates = opening.open_student, opening.Stream.updates
 
     def opened(*arguments: Any) -> Any:
         engine = open_student(*arguments)
@@ -123,15 +124,7 @@ def _witnessed(seen: dict[str, Any]) -> Iterator[None]:
             seen["samples"][update] = batch.samples.tolist()
             yield update, batch
 
-    with patch.object(train, "open_student", opened), patch.object(train.Stream, "updates", watched):
-        yield
-
-
-@contextmanager
-def _faulty(kind: str, at: int) -> Iterator[None]:
-    """Let the run be killed after update `at` began, within the prune that follows it, or while its checkpoint is
-    being written."""
-    with FAULTS[kind](at):
+    with patch.object(opening, "open_student", opened), patch.object(opening.Stream, "updates", watched):
         yield
 
 
@@ -157,8 +150,10 @@ def _between_backward_and_step(at: int) -> Iterator[None]:
 
 @contextmanager
 def _within_a_prune(at: int) -> Iterator[None]:
-    """The wide engine is gone, the narrow one not yet there."""
+    """At the first prune, after update `at`: the wide engine is gone, the narrow one not yet there."""
     from homodistil.engine import StudentEngine
+
+    assert at == PRUNES[0]
 
     close = StudentEngine.close
 
@@ -172,6 +167,8 @@ def _within_a_prune(at: int) -> Iterator[None]:
 
 @contextmanager
 def _after_a_prune(at: int) -> Iterator[None]:
+    """After the first prune, which follows update `at`."""
+    assert at == PRUNES[0]
     from homodistil.pruning.coordinator import PruningCoordinator
 
     rebase = PruningCoordinator.rebase
@@ -187,11 +184,12 @@ def _after_a_prune(at: int) -> Iterator[None]:
 @contextmanager
 def _while_writing(at: int) -> Iterator[None]:
     """Rank 0's fragments are there, the last rank's file is half written, and no manifest."""
-    from homodistil.checkpoint import Checkpoints, step_name
+    from homodistil.checkpoint import Checkpoints
+    from homodistil.manifest import step_name
 
     write = Checkpoints.write
 
-    def killed(checkpoints: Checkpoints, update: int, student: Any, pruner: Any, *others: Any) -> None:
+    def killed(checkpoints: Checkpoints, update: int, student: Any, pruner: Any, *others: Any) -> float:
         if update != at:
             return write(checkpoints, update, student, pruner, *others)
         checkpoints.settle()

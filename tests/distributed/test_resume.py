@@ -65,7 +65,8 @@ def test_a_killed_run_goes_on_bit_for_bit(
     checkpoints = folder / "runs" / name / "checkpoints"
     resumed_at = sorted(path.parent.name for path in checkpoints.glob("step_*/manifest.json"))[-1]
     resumed = pool(2).run(runs.execute, values, folder, stage)
-    assert min(resumed[0]["samples"]) == int(resumed_at[5:]) + 1 > 1
+    first_update = min(resumed[0]["samples"])
+    assert first_update == int(resumed_at.removeprefix("step_")) + 1 > 1
     assert runs.losses(folder, name) == runs.losses(folder, whole)
     assert runs.kept(folder, name) == runs.kept(folder, whole)
     ours, theirs = (load_file(folder / "runs" / run / "student" / "model.safetensors") for run in (name, whole))

@@ -55,7 +55,7 @@ def conduct(folder: Path, kills: int, seed: int, updates: int = UPDATES) -> Repo
     if last.ended() != 0:
         report.differences.append(f"the last life failed: {last.log.read_text()[-3000:]}")
     text = last.log.read_text()
-    report.resumed_at = [int(number) for number in re.findall(r"going on from \S+/step_(\d+): ", text)]
+    report.resumed_at = [int(number) for number in re.findall(r"resuming from \S+/step_(\d+): ", text)]
     if not report.differences:
         report.differences = _compared(folder)
     report.seconds = time.monotonic() - started

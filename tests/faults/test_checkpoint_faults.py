@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from homodistil.errors import CheckpointError
+from homodistil.errors import CheckpointError, CheckpointWriteError
 from homodistil.manifest import Manifest
 from tests import runs
 
@@ -42,22 +42,22 @@ def copy(folder: Path, killed: Path, request: pytest.FixtureRequest) -> Path:
 
 def found(values: dict[str, Any], folder: Path, stage: int) -> tuple[int | None, list[str]]:
     """In a rank: the update that a restart would go on from, and what was said about it. Collective."""
-    from homodistil.checkpoint import Checkpoints
     from homodistil.config import RunConfig
     from homodistil.data.shards import ShardIndex
     from homodistil.ds_config import DeepSpeedConfig
     from homodistil.opening import plan_run
     from homodistil.ranks import Ranks
+    from homodistil.resume import resume
 
     ranks, run = Ranks.current(), RunConfig.model_validate(values)
     plan = plan_run(run, ShardIndex.load(run.data.shards), DeepSpeedConfig.load(folder / f"zero{stage}.json"), 2)
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("homodistil.checkpoint")
+    logger = logging.getLogger("homodistil.resume")
     logger.addHandler(handler)
     try:
-        state = Checkpoints(run, ranks.once(lambda: plan.identity), ranks).latest()
+        state = resume(run, ranks.once(lambda: plan.identity), ranks)
     finally:
         logger.removeHandler(handler)
     return (state.update if state else None), said
@@ -71,7 +71,7 @@ def flip_a_bit(path: Path, at: float = 0.5) -> None:
 
 def is_whole(checkpoint: Path) -> bool:
     manifest = Manifest.read(checkpoint)
-    return not any(manifest.fault(checkpoint, file) for file in manifest.files)
+    return not manifest.faults(checkpoint)
 
 
 FRAGMENT = "fragments-00001-of-00002.safetensors"
@@ -116,7 +116,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name_for_the_one_before(
 def test_if_no_checkpoint_is_whole_the_run_does_not_start_over_by_itself(folder: Path, pool: Any, copy: Path) -> None:
     for update in (2, 4, 6):
         os.truncate(copy / f"step_{update:08d}" / "manifest.json", 100)
-    with pytest.raises(CheckpointError, match=r"No checkpoint is whole.*--checkpoint\.resume never"):
+    with pytest.raises(CheckpointError, match=r"No checkpoint is intact.*--checkpoint\.resume never"):
         pool(2).run(found, runs.configuration(folder, copy.parent.name), folder, STAGE)
     assert len(list(copy.glob("step_*"))) == 3
 
@@ -156,6 +156,17 @@ def test_a_run_that_computes_something_else_is_refused(
     assert is_whole(copy / "step_00000006")
 
 
+def test_a_lower_learning_rate_may_be_allowed_by_name(folder: Path, pool: Any, copy: Path) -> None:
+    changes = {"optimizer__learning_rate": 1e-4, "objective": {"kl": {"weight": 2.0}}}
+    values = runs.configuration(folder, copy.parent.name, **changes)
+    hint = r"--checkpoint\.allow_changes objective\.kl\.weight optimizer\.learning_rate"
+    with pytest.raises(CheckpointError, match=hint):
+        pool(2).run(found, values, folder, STAGE)
+    allowed = ["objective.kl.weight", "optimizer.learning_rate"]
+    values = runs.configuration(folder, copy.parent.name, **changes, checkpoint__allow_changes=allowed)
+    assert pool(2).run(found, values, folder, STAGE)[0] == (6, [])
+
+
 @pytest.mark.parametrize("other", ["teacher", "corpus"])
 def test_another_teacher_or_corpus_at_the_same_path_is_refused(
     folder: Path, pool: Any, copy: Path, tmp_path: Path, other: str
@@ -174,7 +185,7 @@ def test_another_teacher_or_corpus_at_the_same_path_is_refused(
 
 def test_no_space_left_stops_the_run_with_the_earlier_checkpoint_whole(folder: Path, pool: Any) -> None:
     values = runs.configuration(folder, "full-disk")
-    with pytest.raises(CheckpointError, match=r"rank 1: .*No space left on device.*step_00000004.*run the same"):
+    with pytest.raises(CheckpointWriteError, match=r"rank 1: .*No space left on device.*step_00000004.*run the same"):
         pool(2).run(runs.execute, values, folder, STAGE, ("no_space_left", 6))
     checkpoints = folder / "runs" / "full-disk" / "checkpoints"
     assert is_whole(checkpoints / "step_00000002") and is_whole(checkpoints / "step_00000004")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -40,7 +38,7 @@ def preempted(launch: processes.Launch, number: signal.Signals, group: bool) -> 
     newest = launch.run / "checkpoints" / launch.checkpoints()[-1]
     assert int(newest.name[5:]) == summary["steps"]
     assert is_whole(newest)
-    assert "Run the same command to go on" in launch.log.read_text()
+    assert "Run the same command to resume" in launch.log.read_text()
 
 
 def test_sigterm_to_torchrun(folder: Path) -> None:
@@ -51,9 +49,7 @@ def test_sigterm_to_the_process_group_of_deepspeed(folder: Path) -> None:
     preempted(processes.Launch(folder, "deepspeed", "deepspeed", **LONG), signal.SIGTERM, group=True)
 
 
-@pytest.mark.skipif(
-    not Path(sys.executable).with_name("mpirun").exists() and not shutil.which("mpirun"), reason="no mpirun here"
-)
+@pytest.mark.skipif(processes.mpirun() is None, reason="no mpirun here")
 def test_sigterm_to_mpirun(folder: Path) -> None:
     preempted(processes.Launch(folder, "mpirun", "mpirun", **LONG), signal.SIGTERM, group=False)
 
@@ -77,7 +73,7 @@ def test_a_killed_rank_is_named_by_the_others(folder: Path) -> None:
 
 
 def test_a_stopped_rank_is_named_in_bounded_time(folder: Path) -> None:
-    launch = processes.Launch(folder, "torchrun", "stopped-rank", health__patience_seconds=5, **LONG)
+    launch = processes.Launch(folder, "torchrun", "stopped-rank", health__hang_timeout_seconds=5, **LONG)
     launch.until(lambda: launch.checkpoints() and launch.updates() > 10, "a checkpoint")
     stopped: psutil.Process = launch.ranks()[1]
     stopped.suspend()

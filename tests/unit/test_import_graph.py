@@ -14,12 +14,12 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "homodistil"
 
 LAYERS = (
-    {"errors", "files", "hardware", "preemption", "quiet"},
+    {"errors", "files", "hardware", "quiet"},
     {"recipe", "config", "ds_schema", "ds_config", "arguments", "schedule", "batch", "signals", "summary"},
-    {"ranks", "state", "fragments", "zero", "progress", "metrics", "watchdog"},
+    {"ranks", "state", "fragments", "zero", "progress", "metrics", "watchdog", "preemption"},
     {"models", "kernels"},
     {"knowledge", "objective", "pruning", "data"},
-    {"student", "engine", "manifest", "checkpoint", "health"},
+    {"student", "engine", "manifest", "resume", "checkpoint", "health"},
     {"opening", "closing", "forecast", "weights", "evaluation", "export", "convert", "report", "train"},
     {"cli"},
 )
