@@ -6,6 +6,7 @@ Owns the order of writing and of retiring. Finding and verifying one is resume.p
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,16 +19,16 @@ from homodistil.engine import StudentEngine
 from homodistil.errors import CheckpointError, CheckpointWriteError
 from homodistil.files import sha256, write_durably, write_text_durably
 from homodistil.fragments import Shares, write_fragments
-from homodistil.manifest import FILE, LATEST, FragmentFile, Manifest, complete_checkpoints, step_name, update_of
+from homodistil.manifest import FILE, LATEST, FragmentFile, Manifest, complete_checkpoints, step_name
 from homodistil.metrics import Progress
 from homodistil.pruning.coordinator import PruningCoordinator
 from homodistil.ranks import Ranks
 from homodistil.resume import Identity
 from homodistil.state import StudentState
 
+logger = logging.getLogger(__name__)
+
 GIB = 1024**3
-BYTES_PER_PARAMETER = 12
-"""A master and two moments, fp32."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,20 @@ class _Pending:
 class Checkpoints:
     """Writes a run's checkpoints, one at a time, beside the training if so configured."""
 
-    def __init__(self, run: RunConfig, identity: Identity, ranks: Ranks) -> None:
-        """identity: whatever else, besides the configuration, a run must share with its checkpoints."""
+    def __init__(self, run: RunConfig, identity: Identity, ranks: Ranks, newest: int = 0) -> None:
+        """identity: whatever else, besides the configuration, a run must share with its checkpoints. newest: the
+        update that this process resumed from."""
         self._run, self._config, self._identity, self._ranks = run, run.checkpoint, dict(identity), ranks
         self._root = run.run.checkpoints
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
+        self._newest, self._held = newest, 0.0
 
     def check_room(self, parameters: int) -> None:
-        """Raise `CheckpointError` unless checkpoints of so many parameters, as many as are kept and the one being
-        written, have room. Collective."""
-        self._ranks.once(lambda: self._check_room(parameters * BYTES_PER_PARAMETER * (self._config.keep + 1)))
+        """Raise `CheckpointError` unless there is room for checkpoints of `parameters` trained parameters: for as many
+        as are kept and the one being written. Collective."""
+        tensors = 5 if self._run.pruning.metric == "platon" else 3  # master, moments; PLATON's mean and uncertainty
+        self._ranks.once(lambda: self._check_room(4 * tensors * parameters * (self._config.keep + 1)))
 
     def due(self, update: int) -> bool:
         """Whether the schedule asks for a checkpoint after this update."""
@@ -67,14 +71,16 @@ class Checkpoints:
         pruner: PruningCoordinator,
         bad_shards: list[str],
         progress: Progress,
-    ) -> float:
-        """Save where the run stands after `update`; returns the seconds that this held up the training. Collective.
+    ) -> None:
+        """Save where the run stands after `update`, unless the newest checkpoint is of it. Collective.
 
         Raises `CheckpointWriteError`, here or when the next one is written, on all ranks if any of them could not
         write; earlier checkpoints stay as they are.
         """
-        started = time.perf_counter()
+        if update == self._newest:
+            return
         self.settle()
+        started, self._newest = time.perf_counter(), update
         state, shares = student.export(on_cpu=True), pruner.shares()
         record = Manifest(
             update=update,
@@ -93,19 +99,22 @@ class Checkpoints:
         )
         directory = self._root / step_name(update)
         self._pending = _Pending(directory, record, self._writer.submit(self._save, directory, state, shares))
-        if not self._config.background:
-            self.settle()
-        return time.perf_counter() - started
+        self._held = time.perf_counter() - started
 
-    def advance(self) -> None:
-        """Let a checkpoint that all ranks have written exist. Collective while one is being written."""
-        if self._pending and self._ranks.all(self._pending.file.done()):
+    def advance(self) -> float | None:
+        """Let a checkpoint that all ranks have written exist: if that happened, the seconds that it held up the
+        training in all. Raises `CheckpointWriteError`. Collective while one is being written."""
+        wait = not self._config.background
+        if self._pending and (wait or self._ranks.all(self._pending.file.done())):
             self.settle()
+            return self._held
+        return None
 
     def settle(self) -> None:
         """Wait until nothing is being written any more. Raises `CheckpointWriteError`. Collective."""
         if self._pending is None:
             return
+        started = time.perf_counter()
         pending, self._pending = self._pending, None
         error = pending.file.exception()
         outcomes = self._ranks.gather(_words(error) if error else pending.file.result())
@@ -116,11 +125,12 @@ class Checkpoints:
         if fault:
             self._ranks.once(lambda: shutil.rmtree(pending.directory, ignore_errors=True))
             complete = self._ranks.once(lambda: complete_checkpoints(self._root))
-            where = f"it will resume from {complete[0]}" if complete else "no checkpoint is complete yet"
+            where = f"it will resume from {complete[0][1]}" if complete else "no checkpoint is complete yet"
             raise CheckpointWriteError(
                 f"{pending.directory}: cannot be written ({fault}). The run stops; {where}. Remove the cause, then run "
                 "the same command again."
             ) from error
+        self._held += time.perf_counter() - started
 
     def close(self) -> None:
         """End the writer's thread. What it had begun is not made to exist."""
@@ -143,22 +153,25 @@ class Checkpoints:
                 return f"{path}: rank 0 does not see it. Set run.directory to storage that all nodes share"
         try:
             record.write(directory)
-            write_text_durably(self._root / LATEST, directory.name + "\n")
         except OSError as error:
             return _words(error)
-        self._retire()
+        try:
+            write_text_durably(self._root / LATEST, directory.name + "\n")
+            self._retire()
+        except OSError as error:
+            logger.warning("%s is complete, but what is around it cannot be changed: %s", directory, _words(error))
         return None
 
     def _retire(self) -> None:
         kept_for_good = self._config.keep_every
-        for old in complete_checkpoints(self._root)[self._config.keep :]:
-            if not kept_for_good or update_of(old) % kept_for_good:
+        for update, old in complete_checkpoints(self._root)[self._config.keep :]:
+            if not kept_for_good or update % kept_for_good:
                 (old / FILE).unlink()  # from here on it does not exist, whatever happens next
                 shutil.rmtree(old, ignore_errors=True)
 
     def _check_room(self, needed: int) -> None:
         newest = complete_checkpoints(self._root)[: self._config.keep]
-        held = sum(file.stat().st_size for path in newest for file in path.iterdir())
+        held = sum(file.stat().st_size for _, path in newest for file in path.iterdir())
         free = shutil.disk_usage(self._root).free
         if free + held < needed:
             raise CheckpointError(

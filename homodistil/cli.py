@@ -78,6 +78,10 @@ class Export(Section):
     format: Literal["huggingface", "deepspeed"] = "huggingface"
     """`huggingface`: a directory that stock `from_pretrained` loads. `deepspeed`: fp32 weights that DeepSpeed's
     zero_to_fp32.py reads."""
+    teacher: str | None = None
+    """Where the run's teacher lies now, if it was moved; only its config is read."""
+    shards: Path | None = None
+    """Where the run's shards lie now, if they were moved; only their tokenizer is read."""
 
 
 # The libraries behind a command are imported when it runs: `--help` and a misspelt flag need not wait for torch.
@@ -137,8 +141,10 @@ def export(arguments: Sequence[str]) -> None:
     from homodistil.quiet import hush
 
     hush()
-    work = convert.to_huggingface if options.format == "huggingface" else convert.to_deepspeed
-    print(work(options.checkpoint, options.output))
+    if options.format == "deepspeed":
+        print(convert.to_deepspeed(options.checkpoint, options.output))
+    else:
+        print(convert.to_huggingface(options.checkpoint, options.output, options.teacher, options.shards))
 
 
 def build_shards(arguments: Sequence[str]) -> None:
@@ -175,6 +181,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _command(words[0] if words else "--help")(words[1:])
     except HomodistilError as error:
         _report(error)
+        if isinstance(error, RankLostError):  # an orderly exit would wait for the rank that is lost
+            sys.stdout.flush()
+            os._exit(error.exit_code)
         sys.exit(error.exit_code)
 
 

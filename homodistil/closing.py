@@ -23,7 +23,7 @@ def finish(training: Training) -> RunSummary:
     """Gather the student on rank 0, close both engines, and leave the run's files behind. Collective."""
     plan, measures = training.plan, training.validation
     assert measures is not None, "a run is validated after its last update"
-    summary = _summary(training, plan.run.run.updates)
+    summary = _summary(training)
     weights, shape = dict(training.student.weights()), training.student.shape
     close(training)
 
@@ -41,9 +41,9 @@ def finish(training: Training) -> RunSummary:
     return training.ranks.once(leave_behind)
 
 
-def leave(training: Training, update: int, reason: Stopped) -> NoReturn:
-    """End a run before its time, after `update`, whose checkpoint is written: raises `reason`. Collective."""
-    stopped = _summary(training, update).model_copy(update={"exit_status": reason.exit_code})
+def leave(training: Training, reason: Stopped) -> NoReturn:
+    """End a run before its time, its checkpoint written: raises `reason`. Collective."""
+    stopped = _summary(training).model_copy(update={"exit_status": reason.exit_code})
     training.ranks.once(lambda: stopped.write(training.plan.run.run.path))
     close(training)
     raise reason
@@ -56,12 +56,12 @@ def close(training: Training) -> None:
         training.teacher.close()
 
 
-def _summary(training: Training, update: int) -> RunSummary:
-    """What a run came to after `update`, but for its held-out figures. Collective."""
+def _summary(training: Training) -> RunSummary:
+    """What a run came to so far, but for its held-out figures. Collective."""
     plan, student, metrics, ranks = training.plan, training.student, training.metrics, training.ranks
     return RunSummary(
         recipe=plan.run.recipe,
-        steps=update,
+        steps=training.update,
         world_size=ranks.world_size,
         zero_stage=student.zero_stage,
         seed=plan.run.run.seed,

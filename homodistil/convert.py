@@ -28,16 +28,25 @@ from homodistil.state import MASTER, Range
 from homodistil.student import MODEL, Blueprint
 
 
-def to_huggingface(checkpoint: Path, output: Path) -> Path:
+def to_huggingface(checkpoint: Path, output: Path, teacher: str | None = None, shards: Path | None = None) -> Path:
     """The student of a checkpoint as a plain Hugging Face directory, as the run itself leaves one at its end.
 
-    Raises `CheckpointError` for a damaged checkpoint, `ShapeError` where no stock config expresses the shape.
+    teacher, shards: where the run's lie now, if they were moved. Raises `CheckpointError` for a damaged checkpoint or
+    another teacher or tokenizer, `ShapeError` where no stock config expresses the shape.
     """
     manifest = _whole(checkpoint)
     run = RunConfig.model_validate(manifest.run)
+    run.teacher.path, run.data.shards = teacher or run.teacher.path, shards or run.data.shards
     index = ShardIndex.load(run.data.shards, check_files=False)
     config = original_config(run, index)
     blueprint = Blueprint(family_of(config), config, run, attention_implementation(run.performance.attention))
+    found = {"tokenizer": index.tokenizer_sha256, "architecture": blueprint.architecture_sha256}
+    for what, digest in found.items():
+        if digest != manifest.identity[what]:
+            raise CheckpointError(
+                f"{checkpoint}: its run had another {what} than {run.teacher.path or 'student.config'} and "
+                f"{run.data.shards} have now. Give --teacher and --shards where the run's own lie."
+            )
     weights = model_weights(manifest.saved_state(checkpoint))
     return export_student(weights, blueprint, manifest.student_shape, output, run.data.shards / index.tokenizer_name)
 

@@ -69,7 +69,7 @@ class Optimizer(Section):
 
 class Bf16(Section):
     enabled: bool | None = None
-    check_grad_overflow: bool | None = None
+    check_grad_overflow: Literal[True] | None = None  # without it a step is taken on gradients that are not finite
 
 
 class DataTypes(Section):

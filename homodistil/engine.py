@@ -67,6 +67,7 @@ class StudentEngine:
         """Collective. `settings`: the DeepSpeed JSON, every "auto" filled."""
         self.shape, self.groups = student.shape, student.groups
         self.parameters = sum(p.numel() for p in student.model.parameters())
+        self.trained_parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)  # aligners as well
         self._blueprint, self._settings, self._ranks = blueprint, settings, ranks
         self._engine, *_ = deepspeed.initialize(
             model=student, model_parameters=parameter_groups(student), config=settings, dist_init_required=False

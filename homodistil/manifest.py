@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ class Record(BaseModel):
 class FragmentFile(Record):
     """One rank's file."""
 
-    name: str
+    name: str = Field(pattern=r"^\w[\w.-]*$")
     bytes: int
     sha256: str
     ranges: dict[str, tuple[int, int]]
@@ -118,14 +119,16 @@ def step_name(update: int) -> str:
     return f"step_{update:08d}"
 
 
-def update_of(checkpoint: Path) -> int:
-    """The update that a checkpoint's folder is named for."""
-    return int(checkpoint.name.rpartition("_")[2])
+def update_of(checkpoint: Path) -> int | None:
+    """The update that a checkpoint's folder is named for; None if it is no checkpoint of a run."""
+    match = re.fullmatch(r"step_(\d{8,})", checkpoint.name)
+    return int(match[1]) if match else None
 
 
-def complete_checkpoints(root: Path) -> list[Path]:
-    """Those that exist below `root`, newest first."""
-    return sorted((path.parent for path in root.glob(f"step_*/{FILE}")), key=update_of, reverse=True)
+def complete_checkpoints(root: Path) -> list[tuple[int, Path]]:
+    """Those that exist below `root`, with their updates, newest first."""
+    found = [(update_of(path.parent), path.parent) for path in root.glob(f"step_*/{FILE}")]
+    return sorted(((update, path) for update, path in found if update is not None), reverse=True)
 
 
 class Difference(NamedTuple):
@@ -148,11 +151,13 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], free: tuple[str
 
 
 def _fault(path: Path, expected: FragmentFile) -> str | None:
-    size = path.stat().st_size if path.is_file() else None
+    try:
+        size = path.stat().st_size
+        digest = sha256(path) if size == expected.bytes else ""
+    except OSError as error:
+        return f"{path}: cannot be read ({error.strerror})"
     if size != expected.bytes:
-        found = "it is missing" if size is None else f"it has {size} bytes"
-        return f"{path}: {found}, expected {expected.bytes} bytes"
-    digest = sha256(path)
+        return f"{path}: it has {size} bytes, expected {expected.bytes} bytes"
     return None if digest == expected.sha256 else f"{path}: sha256 is {digest[:12]}..., not {expected.sha256[:12]}..."
 
 

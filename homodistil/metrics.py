@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from homodistil.config import ObjectiveConfig, RunConfig
-from homodistil.files import write_text_durably
+from homodistil.files import write_durably
 from homodistil.progress import progress_bar
 from homodistil.ranks import Ranks
 
@@ -55,6 +55,7 @@ class Progress(BaseModel):
     seconds: float = 0.0
     tokens: int = 0
     prunes: int = 0
+    skipped_in_a_row: int = 0
 
 
 class Metrics:
@@ -83,6 +84,7 @@ class Metrics:
         self._bar = self._exits.enter_context(
             progress_bar(config.name, config.updates, "update", shown=self._ranks.is_first, start=self.start)
         )
+        self._ranks.once(lambda: _forget_beyond(self.start, _log_path(self._run)))
         if self._ranks.is_first:
             self._log = self._exits.enter_context(_Log(self._run, self.start))
             self._exits.enter_context(logging_redirect_tqdm())
@@ -230,10 +232,23 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """A file's lines, but for a last one that a killed process had begun."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    return [line for line in lines if line.endswith("\n")]
+def _log_path(run: RunConfig) -> Path:
+    return run.run.path / "metrics.jsonl"
+
+
+def _forget_beyond(start: int, path: Path) -> None:
+    """Keep a log's points up to update `start`. Lines that do not parse, such as one that a killed process had begun,
+    go as well."""
+    lines = path.read_bytes().splitlines(keepends=True) if start and path.is_file() else []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, lambda partial: partial.write_bytes(b"".join(line for line in lines if _up_to(start, line))))
+
+
+def _up_to(start: int, line: bytes) -> bool:
+    try:
+        return bool(json.loads(line)["update"] <= start)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 class _Window:
@@ -281,8 +296,8 @@ class _Clock:
 
 
 class _Log:
-    """tensorboard/ and metrics.jsonl of a run's directory; both go on after update `start`, and forget what an
-    interrupted process had written beyond it."""
+    """tensorboard/ and metrics.jsonl of a run's directory; TensorBoard forgets what an interrupted process had
+    written beyond update `start`. A log that cannot be written warns once; it does not end the run."""
 
     def __init__(self, run: RunConfig, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # 2 s that only rank 0 needs to wait
@@ -290,10 +305,8 @@ class _Log:
         directory = run.run.path
         directory.mkdir(parents=True, exist_ok=True)
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1 if start else 0)
-        path = directory / "metrics.jsonl"
-        earlier = [line for line in _whole_lines(path) if json.loads(line)["update"] <= start] if start else []
-        write_text_durably(path, "".join(earlier))
-        self._lines = path.open("a", encoding="utf-8")
+        self._lines = _log_path(run).open("a", encoding="utf-8")
+        self._failed = False
 
     def __enter__(self) -> _Log:
         return self
@@ -304,8 +317,13 @@ class _Log:
 
     def write(self, update: int, scalars: Scalars) -> None:
         """One point. JSON knows no NaN or infinity: there they become null."""
-        for tag, value in scalars.items():
-            self._board.add_scalar(tag, value, update)
         point = {tag: value if math.isfinite(value) else None for tag, value in scalars.items()}
-        self._lines.write(json.dumps({"update": update, **point}) + "\n")
-        self._lines.flush()
+        try:
+            self._lines.write(json.dumps({"update": update, **point}) + "\n")
+            self._lines.flush()
+            for tag, value in scalars.items():
+                self._board.add_scalar(tag, value, update)
+        except OSError as error:
+            if not self._failed:
+                logger.warning("the log cannot be written from update %d on: %s", update, error)
+            self._failed = True

@@ -91,6 +91,7 @@ class Plan:
         teacher = self.run.teacher.path
         return {
             "teacher": model_hash(teacher) if teacher else None,
+            "architecture": self.blueprint.architecture_sha256,
             "tokenizer": self.index.tokenizer_sha256,
             "corpus": self.index.sha256,
             "precision": str(self.dtype).removeprefix("torch."),
@@ -137,6 +138,8 @@ class Training:
     ranks: Ranks
     start: int
     """Updates that earlier processes completed."""
+    update: int
+    """Completed updates."""
     stream: Stream
     teacher: TeacherEngine | None
     student: StudentEngine
@@ -152,13 +155,14 @@ class Training:
 def open_training(plan: Plan, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> Training:
     """Everything that a run needs, where its newest intact checkpoint left off, or at the beginning. Collective."""
     run = plan.run
+    ranks.once(lambda: forget_ending(run))
     identity = ranks.once(lambda: plan.identity)
     state = resume(run, identity, ranks) or RunState(update=0, shape=plan.start)
-    ranks.once(lambda: _take_possession(run))
+    ranks.once(lambda: run.save(run.run.path / "run.yaml"))
     stream = Stream(run.data, run.run.seed, ranks, state.bad_shards)
     teacher, student = open_teacher(plan, teacher_ds, ranks), open_student(plan, state, ranks)
-    checkpoints = Checkpoints(run, identity, ranks)
-    checkpoints.check_room(student.parameters)
+    checkpoints = Checkpoints(run, identity, ranks, state.update)
+    checkpoints.check_room(student.trained_parameters)
     pruner = PruningCoordinator(run.pruning, plan.ladder, student.groups, ranks, run.run.seed)
     pruner.load(state.shares(ranks), state.observed)
     peak_flops = matrix_product_flops(plan.dtype, ranks.device)
@@ -166,20 +170,20 @@ def open_training(plan: Plan, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> Trai
         plan=plan,
         ranks=ranks,
         start=state.update,
+        update=state.update,
         stream=stream,
         teacher=teacher,
         student=student,
         pruner=pruner,
         checkpoints=checkpoints,
-        health=Health(run.health, ranks),
+        health=Health(run.health, ranks, state.progress.skipped_in_a_row),
         metrics=Metrics(run, ranks, peak_flops, state.update, state.progress),
         held_out=stream.validation(run.validation.sequences, run.data.micro_batch),
     )
 
 
-def _take_possession(run: RunConfig) -> None:
-    """The run's folder says what runs there, and no longer how an earlier process ended. On rank 0."""
-    run.save(run.run.path / "run.yaml")
+def forget_ending(run: RunConfig) -> None:
+    """From now on the run's folder does not say how an earlier process ended. On rank 0."""
     (run.run.path / SUMMARY).unlink(missing_ok=True)
 
 

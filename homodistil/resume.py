@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 from homodistil.config import RunConfig
@@ -76,11 +77,11 @@ def resume(run: RunConfig, identity: Identity, ranks: Ranks) -> RunState | None:
     ranks.once(lambda: _check_place(root))
     found = _newest_intact(ranks.once(lambda: _candidates(run)), ranks)
     if found is None:
-        ranks.once(lambda: _set_aside(root, None))
+        ranks.once(lambda: _set_aside(root, None, 0))
         return None
     directory, manifest = found
     _check_same_run(run, identity, directory, manifest)
-    ranks.once(lambda: _set_aside(root, directory))
+    ranks.once(lambda: _set_aside(root, directory, manifest.update))
     if ranks.is_first:
         print(f"resuming from {directory}: {manifest.update} of {run.run.updates} updates", file=sys.stderr)
     return RunState.from_manifest(manifest, directory)
@@ -101,7 +102,7 @@ def _check_place(root: Path) -> None:
 
 def _candidates(run: RunConfig) -> list[Path]:
     """Checkpoints to try, newest first. On rank 0."""
-    asked, complete = run.checkpoint.resume, complete_checkpoints(run.run.checkpoints)
+    asked, complete = run.checkpoint.resume, [path for _, path in complete_checkpoints(run.run.checkpoints)]
     if asked in ("auto", "never"):
         return complete if asked == "auto" else []
     if not (Path(asked) / FILE).is_file():
@@ -160,17 +161,21 @@ def _check_same_run(run: RunConfig, identity: Identity, directory: Path, manifes
     )
 
 
-def _set_aside(root: Path, taken: Path | None) -> None:
-    """What lies beyond the checkpoint that the run resumes from is another history, or damaged: rename it, so that it
-    is neither taken for this one's nor lost. What never became complete goes. On rank 0."""
-    ours = taken is not None and taken.resolve().parent == root.resolve()
-    for directory in root.glob("step_*"):
+def _set_aside(root: Path, taken: Path | None, update: int) -> None:
+    """What is not `taken`, the checkpoint after `update` that the run resumes from, nor an earlier one beside it, is
+    another history, or damaged: rename it, so that it is neither taken for this one's nor lost. What never became
+    complete goes. On rank 0."""
+    beside = taken is not None and taken.resolve().parent == root.resolve()
+    for directory in sorted(root.glob("step_*")):
+        of = update_of(directory)
+        if of is None or (taken is not None and directory.resolve() == taken.resolve()):
+            continue
         if not (directory / FILE).is_file():
             shutil.rmtree(directory)
-        elif taken is None or not ours or update_of(directory) > update_of(taken):
-            number = sum(1 for _ in root.glob(f"{SET_ASIDE}{directory.name}*"))
-            directory.rename(root / f"{SET_ASIDE}{directory.name}{f'_{number}' if number else ''}")
+        elif not beside or of >= update:
+            names = (f"{SET_ASIDE}{directory.name}{suffix}" for suffix in ("", *(f"_{n}" for n in count(1))))
+            directory.rename(next(root / name for name in names if not (root / name).exists()))
     if left := complete_checkpoints(root):
-        write_text_durably(root / LATEST, left[0].name + "\n")
+        write_text_durably(root / LATEST, left[0][1].name + "\n")
     else:
         (root / LATEST).unlink(missing_ok=True)

@@ -72,6 +72,11 @@ class Movable(Protocol):
     """What an engine can be built over: a state held by the ranks, or one on disk."""
 
     @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Parameter name -> whole shape."""
+        ...
+
+    @property
     def step(self) -> int:
         """Optimizer steps taken."""
         ...

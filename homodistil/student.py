@@ -6,6 +6,8 @@ activation checkpointing recomputes a forward. How it is sharded and stepped is 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, fields, replace
 
 from torch import Tensor, nn
@@ -36,6 +38,13 @@ class Blueprint:
     run: RunConfig
     attention: str
     """Name of the registered attention function."""
+
+    @property
+    def architecture_sha256(self) -> str:
+        """Of the original model's config, less what says nothing of how it computes."""
+        silent = ("transformers_version", "_name_or_path", "dtype", "architectures")
+        fields = {key: value for key, value in self.config.to_dict().items() if key not in silent}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
 
     @property
     def full_shape(self) -> StudentShape:

@@ -12,10 +12,10 @@ from homodistil.closing import finish, leave
 from homodistil.config import RunConfig
 from homodistil.ds_config import DeepSpeedConfig
 from homodistil.engine import started_ranks
-from homodistil.errors import Stopped
+from homodistil.errors import ShardError, Stopped
 from homodistil.forecast import show_forecast, update_flops
 from homodistil.metrics import Work
-from homodistil.opening import Plan, Training, open_training, plan_run, provide_shards, provide_teacher
+from homodistil.opening import Plan, Training, forget_ending, open_training, plan_run, provide_shards, provide_teacher
 from homodistil.preemption import Preemption
 from homodistil.pruning.coordinator import PrunePlan
 from homodistil.ranks import Ranks
@@ -29,6 +29,8 @@ def pretrain(
 ) -> None:
     """What `launchers/pretrain.py` does: provide what is missing, check everything, then train. Collective."""
     with started_ranks() as ranks:
+        if not dry_run:
+            ranks.once(lambda: forget_ending(run))
         index = provide_shards(run, ranks)
 
         def train_teacher(first: RunConfig) -> None:
@@ -43,49 +45,64 @@ def pretrain(
 
 
 def train(plan: Plan, teacher_ds_config: DeepSpeedConfig, ranks: Ranks) -> RunSummary:
-    """Shrink a student out of its teacher while distilling it, from the newest checkpoint on if there is one; without
-    a teacher, plain training. Collective."""
-    run, last = plan.run, plan.run.run.updates
-    stop: Stopped | None = None
-    with Preemption() as preemption:
+    """A whole run, from its newest checkpoint on if there is one. Collective."""
+    with Preemption() as preemption, Watchdog(ranks, plan.run.health.hang_timeout_seconds) as watchdog:
         training = open_training(plan, teacher_ds_config, ranks)
-        with training.metrics, Watchdog(ranks, run.health.hang_timeout_seconds) as watchdog:
-            validate(training, training.start)  # before the first update the student is the teacher: KL is 0
-            for update, batch in training.stream.updates(training.start, last):
-                ranks.seed(run.run.seed, update)
-                losses = training.student.accumulate(batch, training.teacher)  # forward and backward, in micro-batches
-                training.pruner.observe(training.student.fragments())  # |w * g|, on this rank's shards only
-                rate = learning_rate(run.optimizer, update, last)
-                training.student.update(rate)  # the engine skips it if a gradient is not finite
-                record(training, update, losses, rate)
-                stop = training.health.check(update, losses, training.student)
-                if prune := training.pruner.plan(update):  # collective: one plan, agreed by all
-                    shrink(training, prune, batch)
-                if update % run.validation.every == 0 or update == last:
-                    validate(training, update)
-                stop = stop or preemption.check(update, ranks)
-                if stop or training.checkpoints.due(update):
-                    save(training, update)
-                training.checkpoints.advance()
-                watchdog.progress(update)
-                if stop:
-                    break
+        with training.metrics:
+            validate(training)  # before the first update the student is the teacher: KL is 0
+            stop = distil(training, preemption, watchdog)
+            if stop:
+                save(training)
             training.checkpoints.settle()
-        return leave(training, update, stop) if stop else finish(training)
+        return leave(training, stop) if stop else finish(training)
 
 
-def record(training: Training, update: int, losses: Mapping[str, Tensor], rate: float) -> None:
+def distil(training: Training, preemption: Preemption, watchdog: Watchdog) -> Stopped | None:
+    """Shrink the student out of its teacher, update by update; without a teacher, plain training. Returns the reason
+    to stop before the end, if there is one. Collective."""
+    run, ranks, last = training.plan.run, training.ranks, training.plan.run.run.updates
+    stop: Stopped | None = None
+    try:
+        for update, batch in training.stream.updates(training.update, last):
+            ranks.seed(run.run.seed, update)
+            losses = training.student.accumulate(batch, training.teacher)  # forward and backward, in micro-batches
+            training.health.compare(update, training.student)
+            training.pruner.observe(training.student.fragments())  # |w * g|, on this rank's shards only
+            rate = learning_rate(run.optimizer, update, last)
+            training.student.update(rate)  # the engine skips it if a gradient is not finite
+            training.update = update
+            record(training, losses, rate)
+            stop = training.health.check(update, losses, training.student.gradient_norm)
+            if prune := training.pruner.plan(update):  # collective: one plan, agreed by all
+                shrink(training, prune, batch)
+            if update % run.validation.every == 0 or update == last:
+                validate(training)
+            stop = stop or preemption.check(update, ranks)
+            if training.checkpoints.due(update):
+                save(training)
+            if (held := training.checkpoints.advance()) is not None:
+                training.metrics.checkpointed(update, held)
+            watchdog.progress(update)
+            if stop:
+                break
+    except ShardError as error:  # on all ranks, before any of them computed on that update
+        stop = error
+    return stop
+
+
+def record(training: Training, losses: Mapping[str, Tensor], rate: float) -> None:
     """Log the update's losses, rate and throughput. Collective when a point is due."""
     plan, student = training.plan, training.student
     work = Work(plan.tokens_per_update, update_flops(plan, student.shape.widths))
-    training.metrics.record(update, losses, work, rate, student.gradient_norm, len(training.stream.bad_shards))
+    bad_shards = len(training.stream.bad_shards)
+    training.metrics.record(training.update, losses, work, rate, student.gradient_norm, bad_shards)
 
 
-def validate(training: Training, update: int) -> None:
+def validate(training: Training) -> None:
     """Teacher and student on the held-out text, logged; it does not count against the throughput. Collective."""
     with training.metrics.paused():
         training.validation = training.student.validate(training.held_out, training.teacher)
-    training.metrics.validation(update, vars(training.validation))
+    training.metrics.validation(training.update, vars(training.validation))
 
 
 def shrink(training: Training, plan: PrunePlan, batch: Batch) -> None:
@@ -101,8 +118,8 @@ def shrink(training: Training, plan: PrunePlan, batch: Batch) -> None:
         training.metrics.pruned(plan.update, widths, parameters, before.kl, after.kl, seconds)
 
 
-def save(training: Training, update: int) -> None:
-    """A checkpoint of where the run stands after `update`. Collective."""
+def save(training: Training) -> None:
+    """Begin a checkpoint of where the run stands, unless it is the newest already. Collective."""
     t = training
-    held = t.checkpoints.write(update, t.student, t.pruner, t.stream.bad_shards, t.metrics.progress)
-    t.metrics.checkpointed(update, held)
+    counted = t.metrics.progress.model_copy(update={"skipped_in_a_row": t.health.skipped_in_a_row})
+    t.checkpoints.write(t.update, t.student, t.pruner, t.stream.bad_shards, counted)

@@ -68,21 +68,28 @@ class Watchdog:
         beat = 0
         while not self._over.wait(BEAT_SECONDS):
             beat += 1
-            store.set(_key(self._ranks.rank), json.dumps(Heartbeat(beat, self._update)))
+            try:
+                store.set(_key(self._ranks.rank), json.dumps(Heartbeat(beat, self._update)))
+            except RuntimeError as error:  # without it no collective group can end in order: do not train on, orphaned
+                self._give_up(f"the rendezvous store is gone, and with it the launcher or rank 0 ({error}).")
 
     def _watch(self) -> None:
         interval = min(1.0, self._timeout / 4)
         while not self._over.wait(interval):
             if time.monotonic() - self._since > self._timeout:
                 who = self._bounded_lookup() or "All ranks answer, but one of them is stuck."
-                print(
-                    f"error on rank {self._ranks.rank}: no progress for {self._timeout:.0f} s after update "
-                    f"{self._update}. {who} The run ends here; the same command resumes from its last checkpoint. "
-                    "(health.hang_timeout_seconds is how long to wait.)",
-                    file=sys.stderr,
-                    flush=True,
+                self._give_up(
+                    f"no progress for {self._timeout:.0f} s after update {self._update}. {who} "
+                    "(health.hang_timeout_seconds is how long to wait.)"
                 )
-                os._exit(RankLostError.exit_code)
+
+    def _give_up(self, words: str) -> None:
+        """End this process at once: its main thread may wait for ever."""
+        if self._over.is_set():
+            return
+        end = "The run ends here; the same command resumes from its last checkpoint."
+        print(f"error on rank {self._ranks.rank}: {words} {end}", file=sys.stderr, flush=True)
+        os._exit(RankLostError.exit_code)
 
     def _bounded_lookup(self) -> str:
         """Who is lost, in words; empty if nobody is."""

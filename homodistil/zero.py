@@ -20,6 +20,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad, safe_get_local_optimizer_state
 from torch import Tensor, nn
 
+from homodistil.errors import CheckpointError
 from homodistil.state import EXP_AVG, EXP_AVG_SQ, MASTER, Fragment, Layout, Movable, Piece, Range, StudentState
 
 Buffers = dict[str, dict[str, Tensor]]
@@ -78,6 +79,8 @@ class ZeroStudent:
     def load(self, state: Movable) -> None:
         """Take over a state, from whichever ranks or files hold it now. Only into a fresh engine. Collective."""
         device = torch.device(self._engine.device)
+        if different := sorted(set(self.shapes.items()) ^ set(state.shapes.items())):
+            raise CheckpointError(f"the state and this student differ in {different}: they are not of one objective.")
         for name, piece in state.moved(self._owned, device):
             values = dict(piece.values)
             for kind in (MASTER, EXP_AVG, EXP_AVG_SQ):

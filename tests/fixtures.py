@@ -29,6 +29,9 @@ class SilentRanks(Ranks):
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         return values
 
+    def broadcast(self, value: T) -> T:
+        return value
+
     def gather(self, value: T) -> list[T]:
         return [value]
 

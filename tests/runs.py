@@ -189,7 +189,7 @@ def _while_writing(at: int) -> Iterator[None]:
 
     write = Checkpoints.write
 
-    def killed(checkpoints: Checkpoints, update: int, student: Any, pruner: Any, *others: Any) -> float:
+    def killed(checkpoints: Checkpoints, update: int, student: Any, pruner: Any, *others: Any) -> None:
         if update != at:
             return write(checkpoints, update, student, pruner, *others)
         checkpoints.settle()

@@ -126,8 +126,8 @@ class ShardIndex(BaseModel):
 
     @property
     def sha256(self) -> str:
-        """Of the corpus: what every shard holds, in order."""
-        return hashlib.sha256("".join(entry.sha256 for entry in self.entries()).encode()).hexdigest()
+        """Of the corpus: what every shard holds, in order, and how it is to be read."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     @property
     def tokenizer_name(self) -> str:

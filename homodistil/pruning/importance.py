@@ -48,6 +48,7 @@ class Importance:
         than the rest, and per-weight buffers cannot be undone once a later collective reveals it.
         """
         fragments = list(fragments)
+        self._metric.attach(fragments, self._axes)
         finite = [torch.isfinite(f.gradient).all() for f in fragments if f.gradient is not None]
         broken = torch.zeros(1, device=self._ranks.device)
         if finite:

@@ -28,6 +28,10 @@ class Metric(ABC):
         self.vectors: dict[str, Tensor] = {}
         self.observed = 0
 
+    def attach(self, fragments: Sequence[Fragment], axes: AxisSums) -> None:
+        """The fragments that this rank owns now; called at every update, whether or not it is scored."""
+        return
+
     def observe(self, fragments: Sequence[Fragment], axes: AxisSums) -> None:
         """Take in one update: this rank's weights and gradients before the step."""
         self.observed += 1
@@ -84,16 +88,17 @@ class Platon(Metric):
         self._beta = beta ** (1 / window)
         self._latest: list[tuple[str, torch.Size, int, dict[str, Tensor]]] = []
 
+    def attach(self, fragments: Sequence[Fragment], axes: AxisSums) -> None:
+        self._latest = [(f.name, f.shape, f.start, f.buffers) for f in fragments if axes.covers(f.name)]
+
     def observe(self, fragments: Sequence[Fragment], axes: AxisSums) -> None:
         super().observe(fragments, axes)
-        scored = [fragment for fragment in fragments if axes.covers(fragment.name)]
-        for fragment in scored:
+        for fragment in (fragment for fragment in fragments if axes.covers(fragment.name)):
             sensitivity = _sensitivity(fragment)
             mean = fragment.buffers.setdefault(MEAN, torch.zeros_like(sensitivity))
             uncertainty = fragment.buffers.setdefault(UNCERTAINTY, torch.zeros_like(sensitivity))
             mean.lerp_(sensitivity, 1 - self._beta)
             uncertainty.lerp_((sensitivity - mean).abs(), 1 - self._beta)
-        self._latest = [(f.name, f.shape, f.start, f.buffers) for f in scored]
 
     def totals(self, axes: AxisSums) -> Tensor:
         totals = axes.zeros()
