@@ -48,7 +48,8 @@ def train(plan: Plan, teacher_ds_config: DeepSpeedConfig, ranks: Ranks) -> RunSu
     """A whole run, from its newest checkpoint on if there is one. Collective."""
     with Preemption() as preemption, Watchdog(ranks, plan.run.health.hang_timeout_seconds) as watchdog:
         training = open_training(plan, teacher_ds_config, ranks)
-        with training.metrics:
+        with training.metrics as metrics:
+            metrics.shape(training.update, vars(training.student.shape.widths), training.student.parameters)
             validate(training)  # before the first update the student is the teacher: KL is 0
             stop = distil(training, preemption, watchdog)
             if stop:
