@@ -74,6 +74,18 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_buffers_kept_per_weight_and_a_background_writer_resume_bit_for_bit(folder: Path, pool: Any) -> None:
+    """PLATON's two averages per weight travel with the weights; a write may still be going on when the run is killed."""
+    changes = {"pruning__metric": "platon", "checkpoint__background": True}
+    whole, cut = (runs.configuration(folder, name, **changes) for name in ("platon", "platon-cut"))
+    pool(2).run(runs.execute, whole, folder, 2)
+    for killed_at in (4, 7, 12):
+        pool(2).run(runs.execute, cut, folder, 2, ("between_backward_and_step", killed_at))
+    pool(2).run(runs.execute, cut, folder, 2)
+    assert runs.losses(folder, "platon-cut") == runs.losses(folder, "platon")
+    assert runs.kept(folder, "platon-cut") == runs.kept(folder, "platon")
+
+
 CHANGES = [((4, 2), (2, 2)), ((2, 2), (4, 2)), ((2, 2), (1, 2)), ((2, 2), (2, 3))]
 """(ranks, ZeRO stage) that wrote the checkpoint -> those that go on from it."""
 

@@ -241,6 +241,19 @@ def test_an_update_with_a_gradient_that_is_not_finite_is_not_scored(metric: str,
     assert_close(importance.scores(), twin(smoothed(metric, 2), "per_matrix"), rtol=1e-4)
 
 
+def test_after_a_resume_platon_knows_its_scores_before_any_update_is_scored() -> None:
+    buffers: Buffers = {}
+    first = Importance(settings("platon"), GROUPS, ALONE, seed=0)
+    for number in (0, 1):
+        first.observe(whole(*update(number), buffers))
+    second = Importance(settings("platon"), GROUPS, ALONE, seed=0)
+    second.load(first.shares(), first.observed)
+    weights, gradients = update(2)
+    gradients["cls.predictions.bias"][5] = float("nan")
+    second.observe(whole(weights, gradients, buffers))  # the checkpoint brought the buffers back with the weights
+    assert_close(second.scores(), first.scores(), rtol=0)
+
+
 def scores_of_a_rank(metric: str, world_size: int) -> tuple[int, dict[str, Tensor]]:
     """In a rank: every world_size-th fragment; after the second update one rank alone meets a NaN; then a
     checkpoint is written and read back."""
