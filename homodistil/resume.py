@@ -70,11 +70,10 @@ def resume(run: RunConfig, identity: Identity, ranks: Ranks) -> RunState | None:
     """The state that the run resumes from: the newest intact checkpoint, or the one asked for; None to begin.
 
     What the run will write anew is set aside. identity: whatever else, besides the configuration, a run must share
-    with its checkpoints. Raises `CheckpointError` if there are checkpoints but none is intact, if they are another
-    run's, or if their place cannot be written. Collective.
+    with its checkpoints. Raises `CheckpointError` if there are checkpoints but none is intact, or if they are another
+    run's. Collective.
     """
     root = run.run.checkpoints
-    ranks.once(lambda: _check_place(root))
     found = _newest_intact(ranks.once(lambda: _candidates(run)), ranks)
     if found is None:
         ranks.once(lambda: _set_aside(root, None, 0))
@@ -85,19 +84,6 @@ def resume(run: RunConfig, identity: Identity, ranks: Ranks) -> RunState | None:
     if ranks.is_first:
         print(f"resuming from {directory}: {manifest.update} of {run.run.updates} updates", file=sys.stderr)
     return RunState.from_manifest(manifest, directory)
-
-
-def _check_place(root: Path) -> None:
-    probe = root / "writable"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        write_text_durably(probe, "")
-        probe.unlink()
-    except OSError as error:
-        raise CheckpointError(
-            f"{root}: cannot be written ({error.strerror}), and checkpoints go there. Set run.directory to a folder "
-            "with room that you may write to."
-        ) from None
 
 
 def _candidates(run: RunConfig) -> list[Path]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from homodistil.batch import Batch
+from homodistil.claim import Claim
 from homodistil.closing import finish, leave
 from homodistil.config import RunConfig
 from homodistil.ds_config import DeepSpeedConfig
@@ -46,7 +47,8 @@ def pretrain(
 
 def train(plan: Plan, teacher_ds_config: DeepSpeedConfig, ranks: Ranks) -> RunSummary:
     """A whole run, from its newest checkpoint on if there is one. Collective."""
-    with Preemption() as preemption, Watchdog(ranks, plan.run.health.hang_timeout_seconds) as watchdog:
+    run, timeout = plan.run, plan.run.health.hang_timeout_seconds
+    with Preemption() as preemption, Watchdog(ranks, timeout) as watchdog, Claim(run.run.checkpoints, ranks):
         training = open_training(plan, teacher_ds_config, ranks)
         with training.metrics as metrics:
             metrics.shape(training.update, vars(training.student.shape.widths), training.student.parameters)

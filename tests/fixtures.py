@@ -5,6 +5,7 @@ Hidden 72 = 6 heads x 12, FFN 136, vocabulary 997, tied embeddings, padding pres
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,9 @@ class SilentRanks(Ranks):
 
     def broadcast(self, value: T) -> T:
         return value
+
+    def once(self, work: Callable[[], T]) -> T:
+        return work()
 
     def gather(self, value: T) -> list[T]:
         return [value]

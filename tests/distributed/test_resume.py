@@ -75,7 +75,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
 
 
 def test_buffers_kept_per_weight_and_a_background_writer_resume_bit_for_bit(folder: Path, pool: Any) -> None:
-    """PLATON's two averages per weight travel with the weights; a write may still be going on when the run is killed."""
+    """PLATON's two averages travel with the weights; a write may still be going on when the run is killed."""
     changes = {"pruning__metric": "platon", "checkpoint__background": True}
     whole, cut = (runs.configuration(folder, name, **changes) for name in ("platon", "platon-cut"))
     pool(2).run(runs.execute, whole, folder, 2)

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from homodistil.claim import Claim
 from homodistil.errors import CheckpointError, CheckpointWriteError
 from homodistil.manifest import Manifest
-from tests import runs
+from tests import fixtures, runs
 
 STAGE = 2
 
@@ -171,8 +173,6 @@ def test_a_lower_learning_rate_may_be_allowed_by_name(folder: Path, pool: Any, c
 def test_another_teacher_or_corpus_at_the_same_path_is_refused(
     folder: Path, pool: Any, copy: Path, tmp_path: Path, other: str
 ) -> None:
-    from tests import fixtures
-
     if other == "teacher":
         fixtures.save_bert(tmp_path, seed=1)
         values = runs.configuration(folder, copy.parent.name, teacher__path=str(tmp_path))
@@ -204,7 +204,26 @@ def read_only_folder(tmp_path: Path) -> Path:
 def test_a_read_only_folder_is_refused_before_any_training(folder: Path, pool: Any, tmp_path: Path) -> None:
     values = runs.configuration(folder, "read-only", run__directory=str(read_only_folder(tmp_path)))
     with pytest.raises(CheckpointError, match=r"checkpoints: cannot be written \(.*Set run\.directory"):
-        pool(2).run(found, values, folder, STAGE)
+        pool(2).run(runs.execute, values, folder, STAGE)
+
+
+def claimed_twice(place: Path) -> str:
+    """In a rank: what a second claim is told while the first holds. Collective."""
+    from homodistil.claim import Claim
+    from homodistil.ranks import Ranks
+
+    with Claim(place, Ranks.current()):
+        try:
+            with Claim(place, Ranks.current(), patience_seconds=0.5):
+                return "both"
+        except CheckpointError as error:
+            return str(error)
+
+
+def test_a_run_that_is_running_is_not_started_again(pool: Any, tmp_path: Path) -> None:
+    assert all("this run is running already (process " in told for told in pool(2).run(claimed_twice, tmp_path / "run"))
+    with Claim(tmp_path / "run", fixtures.SilentRanks(0, 1, 0, torch.device("cpu"))):
+        pass  # free again
 
 
 def test_only_the_newest_and_every_mth_checkpoint_are_kept(folder: Path, pool: Any) -> None:

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "homodistil"
 LAYERS = (
     {"errors", "files", "hardware", "quiet"},
     {"recipe", "config", "ds_schema", "ds_config", "arguments", "schedule", "batch", "signals", "summary"},
-    {"ranks", "state", "fragments", "zero", "progress", "metrics", "watchdog", "preemption"},
+    {"ranks", "state", "fragments", "zero", "progress", "metrics", "watchdog", "preemption", "claim"},
     {"models", "kernels"},
     {"knowledge", "objective", "pruning", "data"},
     {"student", "engine", "manifest", "resume", "checkpoint", "health"},
