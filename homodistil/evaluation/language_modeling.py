@@ -6,6 +6,7 @@ objective/measures.py; models are loaded and run by stock transformers.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +23,13 @@ from homodistil.batch import Batch
 from homodistil.config import DataConfig
 from homodistil.data.shards import ShardIndex, read_shard
 from homodistil.data.stream import Stream
-from homodistil.errors import ModelError
+from homodistil.errors import DataError, ModelError
 from homodistil.objective.measures import Measures, measure
 from homodistil.progress import progress_bar
 from homodistil.ranks import Ranks
 from homodistil.signals import Signals
+
+logger = logging.getLogger(__name__)
 
 # B sequences, T tokens, S scored slots per sequence, V vocabulary
 
@@ -95,7 +98,7 @@ def score(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, float]:
 
 
 def unigram(shards: Path, batches: Sequence[Batch]) -> dict[str, float]:
-    """mlm_loss and mlm_accuracy of guessing each token by its frequency in the training split. Raises `DataError`."""
+    """mlm_loss and mlm_accuracy of guessing each token by its frequency in the training split."""
     guess_V = token_frequencies(shards).log()
     sums = [measure(_only_logits(guess_V.expand(*batch.labels.shape, -1)), None, batch) for batch in batches]
     return _figures(sums)
@@ -104,13 +107,17 @@ def unigram(shards: Path, batches: Sequence[Batch]) -> dict[str, float]:
 def token_frequencies(shards: Path) -> Tensor:
     """(V,) float64, sums to 1: how often each token comes in the training split, add-one smoothed.
 
-    Special tokens, which are never scored, count as never seen. Raises `DataError`.
+    Special tokens, which are never scored, count as never seen. Shards that cannot be read are left out: a run is not
+    to fail at its very end for a reference figure.
     """
-    index = ShardIndex.load(shards)
+    index = ShardIndex.load(shards, check_files=False)
     step = max(1, index.sequences("train") * index.sequence_length // COUNTED_TOKENS)
     counts_V = np.zeros(index.vocab_size)
     for entry in index.splits["train"][::step]:
-        counts_V += np.bincount(read_shard(shards, index, entry).ravel(), minlength=index.vocab_size)
+        try:
+            counts_V += np.bincount(read_shard(shards, index, entry).ravel(), minlength=index.vocab_size)
+        except DataError as error:
+            logger.warning("not counted for the unigram guess: %s", error)
     counts_V[list(index.special_tokens.model_dump().values())] = 0
     return torch.from_numpy((counts_V + 1) / (counts_V + 1).sum())
 
