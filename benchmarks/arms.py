@@ -92,13 +92,15 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
     """Held-out KL over updates, each arm at its best learning rate."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for row in best(rows):
-        updates = [int(update) for update in row["curve"]]
-        axes.plot(updates, list(row["curve"].values()), marker=".", label=f"{row['arm']} ({row['learning_rate']:g})")
+        curve = {
+            int(update): kl for update, kl in row["curve"].items() if kl > 0
+        }  # at update 0 a student is its teacher
+        axes.plot(list(curve), list(curve.values()), marker=".", label=f"{row['arm']} ({row['learning_rate']:g})")
     axes.set(xlabel="updates", ylabel="KL(teacher || student), nats a masked position", yscale="log")
-    axes.legend()
+    figure.legend(loc="outside right center")
     return figure
 
 
