@@ -10,7 +10,6 @@ import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 
 from homodistil.config import RunConfig
@@ -159,9 +158,17 @@ def _set_aside(root: Path, taken: Path | None, update: int) -> None:
         if not (directory / FILE).is_file():
             shutil.rmtree(directory)
         elif not beside or of >= update:
-            names = (f"{SET_ASIDE}{directory.name}{suffix}" for suffix in ("", *(f"_{n}" for n in count(1))))
-            directory.rename(next(root / name for name in names if not (root / name).exists()))
+            directory.rename(_free_name(root / f"{SET_ASIDE}{directory.name}"))
     if left := complete_checkpoints(root):
         write_text_durably(root / LATEST, left[0][1].name + "\n")
     else:
         (root / LATEST).unlink(missing_ok=True)
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, or the first of path_1, path_2, ... that does not exist."""
+    name, number = path, 0
+    while name.exists():
+        number += 1
+        name = path.with_name(f"{path.name}_{number}")
+    return name
