@@ -38,7 +38,8 @@ class Launch:
         self.log = folder / f"{name}.log"
         flags = ["--ds_config", str(folder / "zero2.json"), "--teacher_ds_config", str(folder / "teacher.json")]
         command = [*LAUNCHERS[launcher](), PRETRAIN, *flags, "--recipe", str(recipe)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, cwd=folder, env=environment, start_new_session=True
@@ -114,10 +115,17 @@ def _deepspeed() -> list[str]:
 
 
 def _mpirun() -> list[str]:
-    program = mpirun()
-    assert program is not None
     root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-    return [program, *root, "--oversubscribe", "--bind-to", "none", "-np", "2", sys.executable]
+    return [
+        str(ROOT / "launchers" / "mpirun.sh"),
+        *root,
+        "--oversubscribe",
+        "--bind-to",
+        "none",
+        "-np",
+        "2",
+        sys.executable,
+    ]
 
 
 LAUNCHERS: dict[str, Callable[[], list[str]]] = {"torchrun": _torchrun, "deepspeed": _deepspeed, "mpirun": _mpirun}

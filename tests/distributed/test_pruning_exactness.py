@@ -13,8 +13,8 @@ from homodistil.pruning.ladder import Ladder, Rung
 from homodistil.ranks import Ranks
 from tests import fixtures, twin
 from tests.distributed import harness
+from tests.stages import STAGES
 
-STAGES = pytest.mark.parametrize("stage", [1, 2, 3], ids=["zero1", "zero2", "zero3"])
 METRICS = ("sensitivity", "magnitude", "platon")
 LADDER = Ladder((Rung(3, Widths(50, 101, 5, 9)), Rung(6, Widths(41, 69, 5, 7))))
 """Odd widths, the first rung losing heads; windows of two updates, so that each prune comes inside one."""

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from homodistil.convert import to_deepspeed, to_huggingface
 from tests import runs
+from tests.stages import matrix
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +45,19 @@ def uninterrupted(folder: Path, pool: Any, samples: dict[str, dict[int, list[int
     return run
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3], ids=["zero1", "zero2", "zero3"])
+KILLS = [
+    ("between_backward_and_step", runs.PRUNES[0]),
+    ("within_a_prune", runs.PRUNES[0]),
+    ("after_a_prune", runs.PRUNES[0]),
+    ("between_backward_and_step", 9),
+    ("while_writing", 8),
+]
+
+
 @pytest.mark.parametrize(
-    "fault",
-    [
-        ("between_backward_and_step", runs.PRUNES[0]),
-        ("within_a_prune", runs.PRUNES[0]),
-        ("after_a_prune", runs.PRUNES[0]),
-        ("between_backward_and_step", 9),
-        ("while_writing", 8),
-    ],
-    ids=lambda fault: f"{fault[0]}_{fault[1]}",
+    ("stage", "fault"),
+    matrix([1, 2, 3], KILLS, lambda stage, fault: stage == 2 or fault[0] == "within_a_prune"),
+    ids=lambda value: f"{value[0]}_{value[1]}" if isinstance(value, tuple) else f"zero{value}",
 )
 def test_a_killed_run_goes_on_bit_for_bit(
     folder: Path, pool: Any, uninterrupted: Any, stage: int, fault: tuple[str, int]
@@ -86,21 +89,25 @@ def test_buffers_kept_per_weight_and_a_background_writer_resume_bit_for_bit(fold
     assert runs.kept(folder, "platon-cut") == runs.kept(folder, "platon")
 
 
+KILLED_AT = {"before_a_prune": runs.PRUNES[0], "after_a_prune": runs.PRUNES[1] + 1}
 CHANGES = [((4, 2), (2, 2)), ((2, 2), (4, 2)), ((2, 2), (1, 2)), ((2, 2), (2, 3))]
 """(ranks, ZeRO stage) that wrote the checkpoint -> those that go on from it."""
 
 
-@pytest.mark.parametrize("killed_at", [5, 7], ids=["before_a_prune", "after_a_prune"])
-@pytest.mark.parametrize(("writer", "reader"), CHANGES, ids=lambda pair: f"{pair[0]}_ranks_zero{pair[1]}")
+@pytest.mark.parametrize(
+    ("change", "moment"),
+    matrix(CHANGES, KILLED_AT, lambda change, moment: (CHANGES.index(change) % 2 == 1) == (moment == "after_a_prune")),
+    ids=lambda value: value if isinstance(value, str) else "-".join(f"{ranks}x_zero{stage}" for ranks, stage in value),
+)
 def test_another_world_size_or_stage_goes_on_closely(
     folder: Path,
     pool: Any,
     uninterrupted: Any,
     samples: dict[str, dict[int, list[int]]],
-    writer: tuple[int, int],
-    reader: tuple[int, int],
-    killed_at: int,
+    change: tuple[tuple[int, int], tuple[int, int]],
+    moment: str,
 ) -> None:
+    (writer, reader), killed_at = change, KILLED_AT[moment]
     whole, name = uninterrupted(*writer), f"moved-{writer}-{reader}-{killed_at}"
     values = runs.configuration(folder, name)
     pool(writer[0]).run(runs.execute, values, folder, writer[1], ("between_backward_and_step", killed_at))

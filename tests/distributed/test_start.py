@@ -9,8 +9,7 @@ import torch
 
 from homodistil.ranks import Ranks
 from tests.distributed import harness
-
-STAGES = pytest.mark.parametrize("stage", [1, 2, 3], ids=["zero1", "zero2", "zero3"])
+from tests.stages import STAGES
 
 
 def losses_before_and_after_a_change(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -16,9 +17,9 @@ from homodistil.ranks import Ranks
 from homodistil.student import Blueprint
 from tests import fixtures, twin
 from tests.distributed import harness
+from tests.stages import STAGES
 
 PLAIN = {"fused_adamw": False, "attention": "eager", "gram_attention": "off"}
-STAGES = pytest.mark.parametrize("stage", [1, 2, 3], ids=["zero1", "zero2", "zero3"])
 
 
 def losses(stage: int, performance: dict[str, Any], sharded: bool = True) -> list[dict[str, float]]:
@@ -56,11 +57,16 @@ SWITCHES = {
 }
 
 
+@pytest.fixture(scope="module")
+def plain(pool: Any) -> Any:
+    """`plain(stage)`: the losses with every switch off."""
+    return cache(lambda stage: pool(2).run(losses, stage, {})[0])
+
+
 @STAGES
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_a_switch_changes_the_speed_and_not_the_losses(pool: Any, stage: int, switch: str) -> None:
-    plain = pool(2).run(losses, stage, {})[0]
-    for fast, expected in zip(pool(2).run(losses, stage, SWITCHES[switch])[0], plain, strict=True):
+def test_a_switch_changes_the_speed_and_not_the_losses(pool: Any, plain: Any, stage: int, switch: str) -> None:
+    for fast, expected in zip(pool(2).run(losses, stage, SWITCHES[switch])[0], plain(stage), strict=True):
         assert fast == pytest.approx(expected, rel=5e-5)
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 
 from homodistil.ranks import Ranks
 from tests import fixtures, twin
 from tests.distributed import harness
-
-STAGES = pytest.mark.parametrize("stage", [1, 2, 3], ids=["zero1", "zero2", "zero3"])
+from tests.stages import STAGES
 
 
 def tiles(stage: int) -> list[tuple[str, int, int, int]]:

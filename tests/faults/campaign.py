@@ -11,6 +11,7 @@ import re
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,21 +35,24 @@ class Report:
 
 
 def conduct(folder: Path, kills: int, seed: int, updates: int = UPDATES) -> Report:
-    """Run undisturbed, then again with `kills` SIGKILLs to all processes, each at a random moment of a life."""
+    """Run undisturbed, then again with `kills` SIGKILLs to all processes.
+
+    Every third life ends at a random moment of its start; the others at random updates, ever later ones.
+    """
     changes = {"run__updates": updates, "checkpoint__every": 5, "checkpoint__background": True}
     started, report, moments = time.monotonic(), Report(), random.Random(seed)
     whole = processes.Launch(folder, "torchrun", "campaign-whole", **changes)
     whole.until(lambda: whole.updates() >= 1, "a first update")
     ready = time.monotonic() - started
     assert whole.ended() == 0, whole.log.read_text()[-3000:]
-    training = time.monotonic() - started - ready
-    while report.kills < kills and not report.differences:
+    an_update = (time.monotonic() - started - ready) / updates
+    for update in sorted(moments.sample(range(1, int(0.8 * updates)), kills)):
         launch = processes.Launch(folder, "torchrun", "campaign", **changes)
-        moment = time.monotonic() + moments.uniform(0.5 * ready, ready + 2 * training / kills)
-        while time.monotonic() < moment and launch.process.poll() is None:
-            time.sleep(0.05)
-        if launch.process.poll() is not None:
-            report.differences.append(f"ended by itself after {report.kills} kills: {launch.log.read_text()[-3000:]}")
+        if report.kills % 3 == 2:
+            time.sleep(moments.uniform(0, ready))
+        else:
+            launch.until(partial(_has_reached, launch, update), f"update {update}")
+            time.sleep(moments.uniform(0, an_update))
         launch.kill()
         report.kills += 1
     last = processes.Launch(folder, "torchrun", "campaign", **changes)
@@ -60,6 +64,10 @@ def conduct(folder: Path, kills: int, seed: int, updates: int = UPDATES) -> Repo
         report.differences = _compared(folder)
     report.seconds = time.monotonic() - started
     return report
+
+
+def _has_reached(launch: processes.Launch, update: int) -> bool:
+    return launch.updates() >= update
 
 
 def _compared(folder: Path) -> list[str]:

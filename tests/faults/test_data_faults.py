@@ -14,6 +14,7 @@ import pytest
 from homodistil.errors import DataError, ShardError
 from tests import runs
 from tests.faults.test_checkpoint_faults import flip_a_bit
+from tests.stages import slow
 
 STAGE = 2
 BAD = "train-5.tar"
@@ -50,7 +51,7 @@ def test_a_bad_shard_stops_all_ranks_by_name(folder: Path, pool: Any, shards: Pa
         assert "--data.on_bad_shard replace" in str(stopped.value)
 
 
-@pytest.mark.parametrize("damage", ["bit_flipped", "missing"])
+@pytest.mark.parametrize("damage", ["bit_flipped", slow("missing")])
 def test_a_replaced_shard_is_counted_and_replaced_the_same_way_after_a_kill(
     folder: Path, pool: Any, shards: Path, damage: str
 ) -> None:

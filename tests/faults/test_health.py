@@ -10,8 +10,7 @@ import pytest
 
 from homodistil.errors import DivergenceError, NonFiniteError
 from tests import runs
-
-STAGES = pytest.mark.parametrize("stage", [1, 2, 3], ids=["zero1", "zero2", "zero3"])
+from tests.stages import STAGE_2, STAGES
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,7 @@ def test_one_update_that_is_not_finite_is_left_out(folder: Path, pool: Any, stag
     assert (manifest["update"], manifest["step"]) == (runs.UPDATES, runs.UPDATES - 1)
 
 
-@STAGES
+@STAGE_2
 def test_too_many_in_a_row_stop_the_run_with_sane_weights_saved(folder: Path, pool: Any, stage: int) -> None:
     name = f"always-{stage}"
     values = runs.configuration(folder, name, health__max_skipped=2)

@@ -74,13 +74,13 @@ def test_a_killed_rank_is_named_by_the_others(folder: Path) -> None:
 
 
 def test_a_stopped_rank_is_named_in_bounded_time(folder: Path) -> None:
-    launch = processes.Launch(folder, "torchrun", "stopped-rank", health__hang_timeout_seconds=15, **LONG)
+    launch = processes.Launch(folder, "torchrun", "stopped-rank", health__hang_timeout_seconds=8, **LONG)
     launch.until(lambda: launch.checkpoints() and launch.updates() > 10, "a checkpoint")
     stopped: psutil.Process = launch.ranks()[1]
     stopped.suspend()
     assert launch.ended() != 0
     log = launch.log.read_text()
-    assert "no progress for 15 s" in log and "Rank 1 is stopped or dead" in log
+    assert "no progress for 8 s" in log and "Rank 1 is stopped or dead" in log
     assert f"exitcode  : {RankLostError.exit_code}" in log  # torchrun's report of the rank that gave up
     assert is_whole(launch.run / "checkpoints" / launch.checkpoints()[-1])
 
