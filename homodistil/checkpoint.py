@@ -17,7 +17,7 @@ from pathlib import Path
 from homodistil.config import RunConfig
 from homodistil.engine import StudentEngine
 from homodistil.errors import CheckpointError, CheckpointWriteError
-from homodistil.files import sha256, write_durably, write_text_durably
+from homodistil.files import checksum, write_durably, write_text_durably
 from homodistil.fragments import Shares, write_fragments
 from homodistil.manifest import FILE, LATEST, FragmentFile, Manifest, complete_checkpoints, step_name
 from homodistil.metrics import Progress
@@ -142,11 +142,11 @@ class Checkpoints:
         path = directory / f"fragments-{self._ranks.rank:05d}-of-{self._ranks.world_size:05d}.safetensors"
         write_durably(path, lambda partial: write_fragments(partial, state, shares))
         ranges = {name: (held.start, held.numel) for name, held in state.layout.items()}
-        return FragmentFile(name=path.name, bytes=path.stat().st_size, sha256=sha256(path), ranges=ranges)
+        return FragmentFile(name=path.name, bytes=path.stat().st_size, checksum=checksum(path), ranges=ranges)
 
     def _complete(self, directory: Path, record: Manifest) -> str | None:
-        """All fragments are there: manifest, `latest`, and the end of what is no longer kept. What went wrong, in
-        words. On rank 0."""
+        """All fragments are there: manifest, `latest`, and, beside the training, the end of what is no longer kept.
+        What went wrong, in words. On rank 0."""
         for file in record.files:
             path = directory / file.name
             if not path.is_file() or path.stat().st_size != file.bytes:
@@ -157,17 +157,20 @@ class Checkpoints:
             return _words(error)
         try:
             write_text_durably(self._root / LATEST, directory.name + "\n")
-            self._retire()
         except OSError as error:
-            logger.warning("%s is complete, but what is around it cannot be changed: %s", directory, _words(error))
+            logger.warning("%s is complete, but `latest` cannot be changed: %s", directory, _words(error))
+        self._writer.submit(self._retire)
         return None
 
     def _retire(self) -> None:
         kept_for_good = self._config.keep_every
         for update, old in complete_checkpoints(self._root)[self._config.keep :]:
             if not kept_for_good or update % kept_for_good:
-                (old / FILE).unlink()  # from here on it does not exist, whatever happens next
-                shutil.rmtree(old, ignore_errors=True)
+                try:
+                    (old / FILE).unlink()  # from here on it does not exist, whatever happens next
+                    shutil.rmtree(old)
+                except OSError as error:
+                    logger.warning("%s is no longer kept, but cannot be deleted: %s", old, _words(error))
 
     def _check_room(self, needed: int) -> None:
         newest = complete_checkpoints(self._root)[: self._config.keep]

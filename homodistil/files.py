@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+import xxhash
 
 PARTIAL = ".partial"
 CHUNK_BYTES = 1 << 20
@@ -42,10 +44,24 @@ def sync(path: Path) -> None:
 
 
 def sha256(*paths: Path) -> str:
-    """Hex digest of the bytes of a file, or of several one after the other."""
+    """Hex digest of the bytes of a file, or of several one after the other: what something *is*, whoever made it."""
     digest = hashlib.sha256()
+    for chunk in _chunks(paths):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def checksum(path: Path) -> str:
+    """XXH3-128, in hex, of a file's bytes: whether it is still what was written. Several times as fast as a disk, which
+    SHA-256 is not."""
+    digest = xxhash.xxh3_128()
+    for chunk in _chunks([path]):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _chunks(paths: Iterable[Path]) -> Iterator[bytes]:
     for path in paths:
         with path.open("rb") as file:
             while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-    return digest.hexdigest()
+                yield chunk

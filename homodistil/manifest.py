@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from homodistil.errors import CheckpointError
-from homodistil.files import sha256, write_text_durably
+from homodistil.files import checksum, write_text_durably
 from homodistil.fragments import SavedState
 from homodistil.metrics import Progress
 from homodistil.models.shape import StudentShape
@@ -38,7 +38,7 @@ class FragmentFile(Record):
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
     bytes: int
-    sha256: str
+    checksum: str
     ranges: dict[str, tuple[int, int]]
     """Parameter -> (first flat element, number of elements)."""
 
@@ -153,12 +153,12 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any], free: tuple[str
 def _fault(path: Path, expected: FragmentFile) -> str | None:
     try:
         size = path.stat().st_size
-        digest = sha256(path) if size == expected.bytes else ""
+        digest = checksum(path) if size == expected.bytes else ""
     except OSError as error:
         return f"{path}: cannot be read ({error.strerror})"
     if size != expected.bytes:
         return f"{path}: it has {size} bytes, expected {expected.bytes} bytes"
-    return None if digest == expected.sha256 else f"{path}: sha256 is {digest[:12]}..., not {expected.sha256[:12]}..."
+    return None if digest == expected.checksum else f"{path}: checksum {digest}, not {expected.checksum}"
 
 
 def _digest(manifest: Manifest) -> str:

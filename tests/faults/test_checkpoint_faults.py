@@ -78,8 +78,8 @@ def is_whole(checkpoint: Path) -> bool:
 
 FRAGMENT = "fragments-00001-of-00002.safetensors"
 DAMAGES: dict[str, tuple[Callable[[Path], object], int, str]] = {
-    "bit_flipped_in_a_fragment": (lambda step: flip_a_bit(step / FRAGMENT), 4, f"{FRAGMENT}: sha256"),
-    "bit_flipped_in_a_fragment_header": (lambda step: flip_a_bit(step / FRAGMENT, 0.0), 4, f"{FRAGMENT}: sha256"),
+    "bit_flipped_in_a_fragment": (lambda step: flip_a_bit(step / FRAGMENT), 4, f"{FRAGMENT}: checksum"),
+    "bit_flipped_in_a_fragment_header": (lambda step: flip_a_bit(step / FRAGMENT, 0.0), 4, f"{FRAGMENT}: checksum"),
     "fragment_cut_short": (lambda step: os.truncate(step / FRAGMENT, 1000), 4, f"{FRAGMENT}: it has 1000 bytes"),
     "fragment_missing": (lambda step: (step / FRAGMENT).unlink(), 4, f"{FRAGMENT}: cannot be read (No such file"),
     "bit_flipped_in_the_manifest": (lambda step: flip_a_bit(step / "manifest.json"), 4, "manifest.json"),
