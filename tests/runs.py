@@ -7,6 +7,8 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +90,7 @@ def execute(values: dict[str, Any], folder: Path, stage: int, fault: tuple[str, 
     from homodistil.config import RunConfig
     from homodistil.data.shards import ShardIndex
     from homodistil.ds_config import DeepSpeedConfig
+    from homodistil.errors import Preempted
     from homodistil.opening import plan_run
     from homodistil.ranks import Ranks
 
@@ -101,7 +104,7 @@ def execute(values: dict[str, Any], folder: Path, stage: int, fault: tuple[str, 
         kind, at = fault or ("none", 0)
         with _witnessed(seen), FAULTS[kind](at):
             train.train(plan, teacher, ranks)
-    except Killed:
+    except (Killed, Preempted):
         seen["killed"] = True
     finally:
         _release_engines()
@@ -135,16 +138,34 @@ def _none(at: int) -> Iterator[None]:
 
 @contextmanager
 def _between_backward_and_step(at: int) -> Iterator[None]:
+    def killed() -> None:
+        raise Killed
+
+    with _before_the_step(at, killed):
+        yield
+
+
+@contextmanager
+def _preempted(at: int) -> Iterator[None]:
+    """Rank 1 gets SIGTERM in the midst of update `at`."""
+    from homodistil.ranks import Ranks
+
+    with _before_the_step(at, lambda: Ranks.current().rank == 1 and os.kill(os.getpid(), signal.SIGTERM)):
+        yield
+
+
+@contextmanager
+def _before_the_step(at: int, happens: Callable[[], object]) -> Iterator[None]:
     from homodistil import train
 
     rate = train.learning_rate
 
-    def killed(config: Any, update: int, updates: int) -> float:
+    def watched(config: Any, update: int, updates: int) -> float:
         if update == at:
-            raise Killed
+            happens()
         return rate(config, update, updates)
 
-    with patch.object(train, "learning_rate", killed):
+    with patch.object(train, "learning_rate", watched):
         yield
 
 
@@ -153,31 +174,30 @@ def _within_a_prune(at: int) -> Iterator[None]:
     """At the first prune, after update `at`: the wide engine is gone, the narrow one not yet there."""
     from homodistil.engine import StudentEngine
 
-    assert at == PRUNES[0]
-
-    close = StudentEngine.close
-
-    def killed(engine: StudentEngine) -> None:
-        close(engine)
-        raise Killed
-
-    with patch.object(StudentEngine, "close", killed):
+    with _killed_after(StudentEngine, "close", at):
         yield
 
 
 @contextmanager
 def _after_a_prune(at: int) -> Iterator[None]:
     """After the first prune, which follows update `at`."""
-    assert at == PRUNES[0]
     from homodistil.pruning.coordinator import PruningCoordinator
 
-    rebase = PruningCoordinator.rebase
+    with _killed_after(PruningCoordinator, "rebase", at):
+        yield
 
-    def killed(pruner: PruningCoordinator, groups: Any) -> None:
-        rebase(pruner, groups)
+
+@contextmanager
+def _killed_after(kind: type, method: str, at: int) -> Iterator[None]:
+    """Once the first prune, after update `at`, has called this method."""
+    assert at == PRUNES[0]
+    called = getattr(kind, method)
+
+    def killed(*arguments: Any) -> None:
+        called(*arguments)
         raise Killed
 
-    with patch.object(PruningCoordinator, "rebase", killed):
+    with patch.object(kind, method, killed):
         yield
 
 
@@ -285,6 +305,7 @@ FAULTS: dict[str, Callable[[int], Any]] = {
     "not_a_number": _not_a_number,
     "once_not_a_number": _once_not_a_number,
     "drifted": _drifted,
+    "preempted": _preempted,
     "between_backward_and_step": _between_backward_and_step,
     "within_a_prune": _within_a_prune,
     "after_a_prune": _after_a_prune,

@@ -51,6 +51,7 @@ KILLS = [
     ("after_a_prune", runs.PRUNES[0]),
     ("between_backward_and_step", 9),
     ("while_writing", 8),
+    ("preempted", 9),
 ]
 
 
