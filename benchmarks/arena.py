@@ -32,7 +32,9 @@ def bert(layers: int, seed: int, device: torch.device) -> BertForMaskedLM:
     """Of BERT-base's widths, without dropout, fp32."""
     torch.manual_seed(seed)
     config = BertConfig(num_hidden_layers=layers, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    model: BertForMaskedLM = new_model(config, attention_implementation("sdpa")).to(device)  # type: ignore[assignment]
+    model = new_model(config, attention_implementation("sdpa"))
+    assert isinstance(model, BertForMaskedLM)
+    model.to(device)  # type: ignore[arg-type] - transformers hides nn.Module's signature
     return model
 
 

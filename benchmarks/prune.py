@@ -28,6 +28,7 @@ from homodistil.ranks import Ranks
 T = TypeVar("T")
 UPDATES, PRUNES, GLOBAL_BATCH = 2000, 16, 256
 """Of the run that is asked about."""
+PRUNING = ("scoring", "plan", "shrinking")
 
 
 def main() -> None:
@@ -87,10 +88,9 @@ def measure(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
         "median seconds": times,
         "first and last shrinking": [clock.seconds["shrinking"][0], clock.seconds["shrinking"][-1]],
         "shares": shares,
-        "scoring and shrinking": shares["scoring"] + shares["plan"] + shares["shrinking"],
+        "scoring and shrinking": sum(shares[part] for part in PRUNING),
         "accounted": sum(map(sum, clock.seconds.values())) / wall,
-        "pruning in the measured run": sum(sum(clock.seconds[part]) for part in ("scoring", "plan", "shrinking"))
-        / wall,
+        "pruning in the measured run": sum(sum(clock.seconds[part]) for part in PRUNING) / wall,
     }
 
 

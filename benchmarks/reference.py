@@ -73,7 +73,7 @@ class Reference:
         rows = batch.to(self._device)
         with torch.autocast(self._device.type, torch.bfloat16):
             terms = self._losses(rows)
-        total = sum(weight * term for weight, term in zip(self._weights.values(), terms, strict=True))
+        total = torch.stack([weight * term for weight, term in zip(self._weights.values(), terms, strict=True)]).sum()
         total.backward()
         nn.utils.clip_grad_norm_([*self.student.parameters(), *self.projections.parameters()], 1.0)
         self._optimizer.step()

@@ -85,12 +85,11 @@ def build(options: argparse.Namespace, sequences: int, width: float, ranks: Rank
     arms: dict[str, Step] = {}
     if "R" not in options.without:
         masks = {} if width == 1 else {name: torch.ones_like(p) for name, p in other.named_parameters()}
-        start = teacher, other, projections(layers, range(BASE.hidden)), [range(BASE.heads)] * layers
-        arms["R"] = Reference(*start, WEIGHTS, RATE, plus=False, masks=masks).step
+        whole, every_head = projections(layers, range(BASE.hidden)), [range(BASE.heads)] * layers
+        arms["R"] = Reference(teacher, other, whole, every_head, WEIGHTS, RATE, plus=False, masks=masks).step
     if "R+" not in options.without:
-        kept = [shape.kept[heads(layer)] for layer in range(layers)]
-        start = teacher, student, projections(layers, shape.kept[HIDDEN]), kept
-        arms["R+"] = Reference(*start, WEIGHTS, RATE, plus=True).step
+        kept, narrowed = [shape.kept[heads(layer)] for layer in range(layers)], projections(layers, shape.kept[HIDDEN])
+        arms["R+"] = Reference(teacher, student, narrowed, kept, WEIGHTS, RATE, plus=True).step
     for name, aligner in (("ours", "projection"), ("indexed", "indexed")):
         if name not in options.without:
             run = run_config(sequences, performance={"compile": options.compile})
