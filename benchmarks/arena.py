@@ -34,7 +34,7 @@ def bert(layers: int, seed: int, device: torch.device) -> BertForMaskedLM:
     config = BertConfig(num_hidden_layers=layers, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     model = new_model(config, attention_implementation("sdpa"))
     assert isinstance(model, BertForMaskedLM)
-    model.to(device)  # type: ignore[arg-type] - transformers hides nn.Module's signature
+    torch.nn.Module.to(model, device)  # past the wrapper, whose types hide it
     return model
 
 
