@@ -271,6 +271,8 @@ class PerformanceConfig(Section):
     """Recompute the student's layers in backward: less memory, about a third more arithmetic."""
     compile: bool = False
     """torch.compile the student's and teacher's encoder (ZeRO 1 or 2, replicated teacher)."""
+    fused_vocabulary: bool = True
+    """Cross-entropy and KL from one look at the logits, a few rows at a time."""
     gram_attention: Literal["auto", "on", "off"] = "auto"
     """Attention loss from Gram matrices, without any T x T map; `auto` where it needs fewer FLOPs."""
 

@@ -65,7 +65,7 @@ class Student(nn.Module):
             self.aligners = nn.ModuleList()
         else:
             self.aligners = build_aligners(objective.hidden, shape, shape.layers + 1)
-        self.objective = Objective(objective, shape, blueprint.run.performance.gram_attention)
+        self.objective = Objective(objective, shape, blueprint.run.performance)
 
     @classmethod
     def unfilled(cls, blueprint: Blueprint, shape: StudentShape) -> Student:

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from homodistil.batch import Batch
-from homodistil.config import ObjectiveConfig, RunConfig
+from homodistil.config import ObjectiveConfig, PerformanceConfig, RunConfig
 from homodistil.data.stream import Stream
 from homodistil.ds_config import DeepSpeedConfig
 from homodistil.engine import StudentEngine, TeacherEngine, started_ranks
@@ -92,7 +92,7 @@ def gradient_norms(
     parameters = list(module.model.parameters())
     norms = {}
     for term in (name for name in ObjectiveConfig.model_fields if getattr(config, name).weight > 0):
-        module.objective = Objective(_only(term, config), module.shape, "auto").to(ranks.device)
+        module.objective = Objective(_only(term, config), module.shape, PerformanceConfig()).to(ranks.device)
         gradients = [torch.zeros_like(p) for p in parameters]
         for batch in batches:
             _add_gradients(gradients, module, parameters, batch.to(ranks.device), teacher, ranks)

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from homodistil.batch import Batch, Counts
-from homodistil.config import ObjectiveConfig
+from homodistil.config import ObjectiveConfig, PerformanceConfig
 from homodistil.errors import ConfigError
 from homodistil.kernels.gram_attention import QueriesKeys, direct, gram, prefers_gram
+from homodistil.kernels.vocabulary import cross_entropy_and_divergence
 from homodistil.models.shape import StudentShape
 from homodistil.objective import losses
 from homodistil.objective.pairing import HeadPairing
@@ -38,12 +38,12 @@ class Losses:
 class Objective(nn.Module):
     """L = mlm + a1 kl + a2 hidden + a3 attention (HomoDistil). No parameters; its index tensors move with `to`."""
 
-    def __init__(self, config: ObjectiveConfig, shape: StudentShape, gram: Literal["auto", "on", "off"]) -> None:
+    def __init__(self, config: ObjectiveConfig, shape: StudentShape, performance: PerformanceConfig) -> None:
         """Raises `ConfigError` for a Gram form that does not exist."""
         super().__init__()
-        self.config, self.gram = config, gram
+        self.config, self.gram, self.fused = config, performance.gram_attention, performance.fused_vocabulary
         self.weights = {name: getattr(config, name).weight for name in type(config).model_fields}
-        if gram == "on" and self.weights["attention"] > 0 and config.attention.form == "probabilities":
+        if self.gram == "on" and self.weights["attention"] > 0 and config.attention.form == "probabilities":
             raise ConfigError(
                 "performance.gram_attention: found on, but objective.attention.form: probabilities has no Gram form. "
                 "Set gram_attention to auto, or the form to scores or scores_centred."
@@ -71,9 +71,13 @@ class Objective(nn.Module):
                 "hidden": lambda: self._hidden(student, teacher, batch, counts, aligners),
                 "attention": lambda: self._attention(student, teacher, batch, counts),
             }
-        values = {name: term() for name, term in terms.items() if self.weights[name] > 0}
-        if not values:
+        wanted = {name: term for name, term in terms.items() if self.weights[name] > 0}
+        if not wanted:
             raise ConfigError(f"objective: every term of {', '.join(terms)} has weight 0. Give one a positive weight.")
+        values = {}
+        if self.fused and teacher is not None and {"mlm", "kl"} <= wanted.keys():
+            values = self._mlm_and_kl(student, teacher, batch, counts)
+        values |= {name: term() for name, term in wanted.items() if name not in values}
         total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
         return Losses(total, {name: value.detach() for name, value in values.items()})
 
@@ -85,6 +89,17 @@ class Objective(nn.Module):
         student_log_p, teacher_log_p = (losses.log_probabilities(s.logits, temperature) for s in (student, teacher))
         divergence = losses.divergence(student_log_p, teacher_log_p, batch.weights)
         return _over(temperature**2 * divergence, counts.scored)
+
+    def _mlm_and_kl(self, student: Signals, teacher: Signals, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+        temperature = self.config.kl.temperature
+        mlm, divergence = cross_entropy_and_divergence(
+            student.logits.flatten(0, 1),
+            teacher.logits.flatten(0, 1),
+            batch.labels.flatten(),
+            batch.weights.flatten(),
+            temperature,
+        )
+        return {"mlm": _over(mlm, counts.scored), "kl": _over(temperature**2 * divergence, counts.scored)}
 
     def _hidden(
         self, student: Signals, teacher: Signals, batch: Batch, counts: Counts, aligners: Iterable[nn.Module]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from homodistil.batch import Batch, Counts
-from homodistil.config import HiddenTerm, ObjectiveConfig
+from homodistil.config import HiddenTerm, ObjectiveConfig, PerformanceConfig
 from homodistil.errors import ConfigError
 from homodistil.knowledge.aligners import build_aligners
 from homodistil.models.shape import HIDDEN, StudentShape, heads
@@ -55,7 +55,8 @@ def _losses(
     config: ObjectiveConfig, gram: str, shape: StudentShape, rows: Batch, counts: Counts, seed: int = 0
 ) -> Losses:
     student, teacher = signals(rows, shape.widths, seed), signals(rows, TEACHER, seed=99)
-    return Objective(config, shape, gram)(student, teacher, rows, counts, _aligners(config, shape))
+    performance = PerformanceConfig.model_validate({"gram_attention": gram})
+    return Objective(config, shape, performance)(student, teacher, rows, counts, _aligners(config, shape))
 
 
 def _twin(student: Signals, teacher: Signals, batch: Batch, shape: StudentShape, form: str) -> dict[str, Tensor]:
@@ -91,11 +92,14 @@ def _twin(student: Signals, teacher: Signals, batch: Batch, shape: StudentShape,
 
 
 @FORMS_AND_GRAMS
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 @pytest.mark.parametrize("shape", [FULL, narrow_shape()], ids=["full", "narrow"])
-def test_values_and_gradients_equal_the_walked_twin(form: str, gram: str, shape: StudentShape) -> None:
+def test_values_and_gradients_equal_the_walked_twin(form: str, gram: str, fused: bool, shape: StudentShape) -> None:
     rows, config = _batch(), _config(form)
     student, teacher = signals(rows, shape.widths, seed=0), signals(rows, TEACHER, seed=1)
-    losses = Objective(config, shape, gram)(student, teacher, rows, rows.counts(), _aligners(config, shape))
+    performance = PerformanceConfig.model_validate({"gram_attention": gram, "fused_vocabulary": fused})
+    objective = Objective(config, shape, performance)
+    losses = objective(student, teacher, rows, rows.counts(), _aligners(config, shape))
     expected = _twin(student, teacher, rows, shape, form)
     total = sum((WEIGHTS[name] * value for name, value in expected.items()), torch.zeros(()))
     torch.testing.assert_close(
@@ -112,7 +116,7 @@ def test_a_padded_batch_gives_the_losses_of_its_unpadded_sequences_alone(form: s
     rows, config, shape = _batch(), _config(form, "projection"), narrow_shape()
     assert (rows.attention_mask == 0).any()
     student, teacher = signals(rows, shape.widths, seed=0), signals(rows, TEACHER, seed=1)
-    objective, aligners, counts = Objective(config, shape, "auto"), _aligners(config, shape), rows.counts()
+    objective, aligners, counts = Objective(config, shape, PerformanceConfig()), _aligners(config, shape), rows.counts()
     together = objective(student, teacher, rows, counts, aligners).parts
     alone: dict[str, Tensor] = {}
     for row in range(len(rows)):
@@ -126,7 +130,7 @@ def test_a_padded_batch_gives_the_losses_of_its_unpadded_sequences_alone(form: s
 def test_micro_batches_of_any_size_add_up_to_the_update(size: int) -> None:
     rows, config = _batch(), _config()
     student, teacher = signals(rows, TEACHER, seed=0), signals(rows, TEACHER, seed=1)
-    objective, counts = Objective(config, FULL, "auto"), rows.counts()
+    objective, counts = Objective(config, FULL, PerformanceConfig()), rows.counts()
     whole = objective(student, teacher, rows, counts, _aligners(config, FULL))
     total = torch.zeros((), dtype=torch.float64)
     for start in range(0, len(rows), size):
@@ -154,7 +158,7 @@ def test_a_student_equal_to_its_teacher_has_no_loss_but_mlm_whatever_the_aligner
     for aligner in ("indexed", "projection"):
         config = _config(aligner=aligner)
         aligners = build_aligners(config.hidden, FULL, LAYERS + 1)
-        parts = Objective(config, FULL, "auto")(same, same, rows, rows.counts(), aligners).parts
+        parts = Objective(config, FULL, PerformanceConfig())(same, same, rows, rows.counts(), aligners).parts
         assert [parts[name].item() for name in ("kl", "hidden", "attention")] == [0, 0, 0]
         assert parts["mlm"].item() > 0
 
@@ -168,7 +172,7 @@ def test_a_term_of_weight_zero_is_not_computed() -> None:
 def test_without_a_teacher_only_mlm_is_computed() -> None:
     rows = _batch()
     student = signals(rows, TEACHER, seed=0)
-    losses = Objective(_config(), FULL, "auto")(student, None, rows, rows.counts(), nn.ModuleList())
+    losses = Objective(_config(), FULL, PerformanceConfig())(student, None, rows, rows.counts(), nn.ModuleList())
     assert losses.parts.keys() == {"mlm"}
     assert losses.total.item() == losses.parts["mlm"].item()
 
@@ -184,14 +188,14 @@ def test_projections_get_gradients_from_the_objective() -> None:
     rows, config, shape = _batch(), _config(aligner="projection"), narrow_shape()
     aligners = _aligners(config, shape)
     student, teacher = signals(rows, shape.widths, 0), signals(rows, TEACHER, 1)
-    Objective(config, shape, "auto")(student, teacher, rows, rows.counts(), aligners).total.backward()
+    Objective(config, shape, PerformanceConfig())(student, teacher, rows, rows.counts(), aligners).total.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in aligners.parameters())
 
 
 def test_bf16_signals_give_fp32_losses_as_close_as_fp32_arithmetic() -> None:
     rows, config, shape = _batch(), _config(), narrow_shape()
     student, teacher = (signals(rows, w, seed, torch.bfloat16) for w, seed in ((shape.widths, 0), (TEACHER, 1)))
-    objective = Objective(config, shape, "auto").bfloat16()  # as an engine casts the module it is part of
+    objective = Objective(config, shape, PerformanceConfig()).bfloat16()  # as an engine casts the module it is part of
     parts = objective(student, teacher, rows, rows.counts(), _aligners(config, shape)).parts
     expected = _twin(_double(student), _double(teacher), rows, shape, "scores")
     assert {part.dtype for part in parts.values()} == {torch.float32}
@@ -217,12 +221,12 @@ def test_a_batch_without_any_target_adds_nothing_and_stays_finite() -> None:
 
 def test_a_gram_form_of_probabilities_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"performance\.gram_attention: found on.*probabilities"):
-        Objective(_config("probabilities"), FULL, "on")
+        Objective(_config("probabilities"), FULL, PerformanceConfig(gram_attention="on"))
 
 
 def test_an_objective_without_terms_is_refused() -> None:
     rows = _batch()
     with pytest.raises(ConfigError, match="weight 0"):
-        Objective(_config(mlm=0.0), FULL, "auto")(
+        Objective(_config(mlm=0.0), FULL, PerformanceConfig())(
             signals(rows, TEACHER, 0), None, rows, rows.counts(), build_aligners(HiddenTerm(), FULL, 3)
         )
