@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -37,7 +37,7 @@ class Timings:
         return median(a / b for a, b in zip(self.seconds[arm], self.seconds[base], strict=True))
 
 
-def interleave(arms: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2, what: str = "measuring") -> Timings:
+def interleave(arms: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2, what: str = "measuring") -> Timings:
     """Time every arm once a round, in an order that turns, after `warmup` rounds that don't count."""
     timings, names = Timings({name: [] for name in arms}), list(arms)
     with progress_bar(what, warmup + rounds, "round") as bar:

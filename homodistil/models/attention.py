@@ -44,8 +44,17 @@ def attention_implementation(kernel: Kernel) -> str:
     """
     name = _NAMES[kernel]
     AttentionInterface.register(name, _returning_queries_and_keys(_stock(kernel)))
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[kernel])  # else padding is attended to
+    mask = _key_mask if kernel == "sdpa" else ALL_MASK_ATTENTION_FUNCTIONS[kernel]
+    AttentionMaskInterface.register(name, mask)  # without one, padding is attended to
     return name
+
+
+def _key_mask(*, attention_mask: Tensor | None, **_: Any) -> Tensor | None:
+    """(B, 1, 1, T), where transformers' own is (B, 1, T, T): bidirectional attention has one mask for all queries.
+    None if there is no padding, so that SDPA may choose its fastest kernel."""
+    if attention_mask is None or (not torch.compiler.is_compiling() and attention_mask.all()):
+        return None
+    return attention_mask[:, None, None, :].bool()
 
 
 def _stock(kernel: Kernel) -> Attention:
