@@ -1,9 +1,9 @@
 """R and R+: what a good script does with stock transformers, against which this project's step is measured.
 
-Both have two whole models, all-position logits, learned projections, and the four terms with `kl_div` and `mse_loss`
-over whole attention maps. R attends eagerly, which is what hands maps out, keeps the student's full width under a
-mask, and runs torch's default AdamW. R+ has what a careful engineer adds: SDPA, the student cut to its width,
-torch.compile over models and losses, and fused AdamW.
+Both have two whole models, all-position logits, the model's own masked-language-model loss over them, learned
+projections, `kl_div` at the scored positions and `mse_loss` over whole attention maps. R attends eagerly, which is
+what hands maps out, keeps the student's full width under a mask, and runs torch's default AdamW. R+ has what a careful
+engineer adds: SDPA, the student cut to its width, torch.compile over models and losses, and fused AdamW.
 """
 
 from __future__ import annotations
@@ -86,19 +86,19 @@ class Reference:
     def _terms(self, batch: Batch) -> list[Tensor]:
         """Means over scored positions, tokens and pairs; every sequence of a benchmark is full."""
         asked = {"attention_mask": batch.attention_mask, "output_hidden_states": True, "output_attentions": True}
-        student = self.student(batch.input_ids, **asked)
+        everywhere = torch.full_like(batch.input_ids, -100).scatter(1, batch.scored_positions, batch.labels)
+        student = self.student(batch.input_ids, labels=everywhere, **asked)
         with torch.no_grad():
             teacher = self.teacher(batch.input_ids, **asked)
         index = batch.scored_positions.unsqueeze(-1).expand(-1, -1, student.logits.shape[-1])
         logits, target = (out.logits.gather(1, index).flatten(0, 1).float() for out in (student, teacher))
-        mlm = F.cross_entropy(logits, batch.labels.flatten())
         kl = F.kl_div(logits.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean")
         pairs = zip(self.projections, student.hidden_states, teacher.hidden_states, strict=True)
         hidden = torch.stack([F.mse_loss(project(s).float(), t.float()) for project, s, t in pairs]).mean()
         maps = zip(self._heads, student.attentions, teacher.attentions, strict=True)
         chosen = [(s, t if heads is None else t[:, heads]) for heads, s, t in maps]
         attention = torch.stack([F.mse_loss(s.float(), t.float()) for s, t in chosen]).mean()
-        return [mlm, kl, hidden, attention]
+        return [student.loss, kl, hidden, attention]
 
 
 def _heads(model: BertForMaskedLM) -> int:

@@ -265,8 +265,8 @@ class PerformanceConfig(Section):
 
     fused_adamw: bool = True
     """torch's fused AdamW instead of the loop."""
-    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
-    """Attention kernel."""
+    attention: Literal["auto", "sdpa", "flash_attention_2", "eager"] = "auto"
+    """Attention kernel; `auto` is torch's SDPA, or, for short sequences on CPUs, attention written out."""
     activation_checkpointing: bool = False
     """Recompute the student's layers in backward: less memory, about a third more arithmetic."""
     compile: bool = False

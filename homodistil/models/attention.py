@@ -24,11 +24,14 @@ from transformers.utils import is_flash_attn_2_available
 
 from homodistil.errors import ConfigError
 
-Kernel = Literal["sdpa", "flash_attention_2", "eager"]
+Kernel = Literal["auto", "sdpa", "flash_attention_2", "eager"]
 Attention = Callable[..., tuple[Tensor, Any]]
+SHORT = 256
+"""Tokens up to which `auto` writes attention out on CPUs; beyond, its maps would fill memory."""
 
 # transformers loads a flash kernel from its hub for any other name with "flash" in it
 _NAMES: dict[Kernel, str] = {
+    "auto": "homodistil_auto",
     "sdpa": "homodistil_sdpa",
     "flash_attention_2": "homodistil_fa2",
     "eager": "homodistil_eager",
@@ -44,7 +47,7 @@ def attention_implementation(kernel: Kernel) -> str:
     """
     name = _NAMES[kernel]
     AttentionInterface.register(name, _returning_queries_and_keys(_stock(kernel)))
-    mask = _key_mask if kernel == "sdpa" else ALL_MASK_ATTENTION_FUNCTIONS[kernel]
+    mask = ALL_MASK_ATTENTION_FUNCTIONS[kernel] if kernel == "flash_attention_2" else _key_mask
     AttentionMaskInterface.register(name, mask)  # without one, padding is attended to
     return name
 
@@ -58,12 +61,16 @@ def _key_mask(*, attention_mask: Tensor | None, **_: Any) -> Tensor | None:
 
 
 def _stock(kernel: Kernel) -> Attention:
-    if kernel == "eager":
-        return _eager
     if kernel == "flash_attention_2":
         _require_flash_attention()
         return _flash_attention_2
-    return ALL_ATTENTION_FUNCTIONS[kernel]
+    return {"auto": _by_shape, "eager": _eager, "sdpa": ALL_ATTENTION_FUNCTIONS["sdpa"]}[kernel]
+
+
+def _by_shape(module: nn.Module, query: Tensor, *arguments: Any, **settings: Any) -> tuple[Tensor, Any]:
+    """SDPA, but for short sequences on CPUs, where its backward alone takes longer than all of the plain one."""
+    short = query.device.type == "cpu" and query.shape[2] <= SHORT
+    return _stock("eager" if short else "sdpa")(module, query, *arguments, **settings)
 
 
 def _returning_queries_and_keys(attention: Attention) -> Attention:
@@ -96,7 +103,7 @@ def _eager(
     """Attention written out. transformers keeps one such function per model and none in its registry."""
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
-        scores = scores + attention_mask
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     probabilities = nn.functional.dropout(scores.softmax(dim=-1), p=dropout, training=module.training)
     return (probabilities @ value).transpose(1, 2).contiguous(), None
 
