@@ -32,7 +32,7 @@ def bert(layers: int, seed: int, device: torch.device) -> BertForMaskedLM:
     """Of BERT-base's widths, without dropout, fp32."""
     torch.manual_seed(seed)
     config = BertConfig(num_hidden_layers=layers, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    model = new_model(config, attention_implementation("sdpa"))
+    model = new_model(config, attention_implementation("auto"))
     assert isinstance(model, BertForMaskedLM)
     torch.nn.Module.to(model, device)  # past the wrapper, whose types hide it
     return model

@@ -1,7 +1,7 @@
 """R and R+: what a good script does with stock transformers, against which this project's step is measured.
 
 Both have two whole models, all-position logits, the model's own masked-language-model loss over them, learned
-projections, `kl_div` at the scored positions and `mse_loss` over whole attention maps. R attends eagerly, which is
+projections, `kl_div` under a mask of the scored positions and `mse_loss` over whole attention maps. R attends eagerly, which is
 what hands maps out, keeps the student's full width under a mask, and runs torch's default AdamW. R+ has what a careful
 engineer adds: SDPA, the student cut to its width, torch.compile over models and losses, and fused AdamW.
 """
@@ -90,9 +90,9 @@ class Reference:
         student = self.student(batch.input_ids, labels=everywhere, **asked)
         with torch.no_grad():
             teacher = self.teacher(batch.input_ids, **asked)
-        index = batch.scored_positions.unsqueeze(-1).expand(-1, -1, student.logits.shape[-1])
-        logits, target = (out.logits.gather(1, index).flatten(0, 1).float() for out in (student, teacher))
-        kl = F.kl_div(logits.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean")
+        log_p, log_q = (out.logits.float().log_softmax(-1) for out in (student, teacher))
+        scored = everywhere != -100
+        kl = (F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1) * scored).sum() / scored.sum()
         pairs = zip(self.projections, student.hidden_states, teacher.hidden_states, strict=True)
         hidden = torch.stack([F.mse_loss(project(s).float(), t.float()) for project, s, t in pairs]).mean()
         maps = zip(self._heads, student.attentions, teacher.attentions, strict=True)

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from homodistil.batch import Batch
 from homodistil.errors import Stopped
+from homodistil.hardware import keep_freed_memory
 from homodistil.kernels.compiling import compile_encoder
 from homodistil.knowledge.teacher import FrozenModel, Teacher
 from homodistil.models.base import ModelFamily
@@ -47,6 +48,8 @@ def started_ranks() -> Iterator[Ranks]:
     ranks = Ranks.current()
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)  # collectives of objects use the current one
+    else:
+        keep_freed_memory()
     try:
         yield ranks
     except Stopped:

@@ -11,6 +11,7 @@ a causal mask does not factorise over queries and keys.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -29,14 +30,14 @@ def direct(student: QueriesKeys, teacher: QueriesKeys, valid_BT: Tensor) -> Tens
     """
     left, right = difference_factors(student, teacher, valid_BT)
     with torch.autocast(left.device.type, enabled=False):
-        return (left @ right.mT).square().sum()
+        return at_least_fp32(left @ right.mT).square().sum()
 
 
 def gram(student: QueriesKeys, teacher: QueriesKeys, valid_BT: Tensor) -> Tensor:
     """The value and gradients of `direct`, from two w x w matrices per head."""
     left, right = difference_factors(student, teacher, valid_BT)
     with torch.autocast(left.device.type, enabled=False):
-        return ((left.mT @ left) * (right.mT @ right)).sum()
+        return (at_least_fp32(left.mT @ left) * at_least_fp32(right.mT @ right)).sum()
 
 
 def prefers_gram(tokens: int, student_width: int, teacher_width: int) -> bool:
@@ -48,16 +49,18 @@ def difference_factors(student: QueriesKeys, teacher: QueriesKeys, valid_BT: Ten
     """U and V, (B, A, T, w) each, with U V^T the difference of the models' unscaled scores.
 
     Args: `student` queries and keys (B, A, T, d); `teacher`'s (B, A, T, e), e >= d, its first d columns being those
-    that the student kept; `valid_BT` 1 for tokens, 0 for padding. Any float dtype; computed in fp32 at least.
+    that the student kept; `valid_BT` 1 for tokens, 0 for padding. The factors have the widest of the four dtypes.
 
     Written with differences, U = [Q_s - Q_t, Q_t, Q_lost] and V = [K_s, K_s - K_t, -K_lost], so that every product
     is small where the models are close. The plain [Q_s, -Q_t], [K_s, K_t] cancels there: 4-18 % off at a gap of 1e-3.
+    For the same reason bf16 factors are enough for bf16 queries and keys: rounding is relative to the differences.
     """
-    valid_BT11 = valid_BT[:, None, :, None]
-    (query_s, key_s), (query_t, key_t) = ([at_least_fp32(x) for x in pair] for pair in (student, teacher))
+    (query_s, key_s), (query_t, key_t) = student, teacher
+    dtype = reduce(torch.promote_types, (x.dtype for x in (*student, *teacher)))
+    valid_BT11 = valid_BT[:, None, :, None].to(dtype)
     width = query_s.shape[-1]
     kept_query, lost_query = query_t[..., :width], query_t[..., width:]
     kept_key, lost_key = key_t[..., :width], key_t[..., width:]
-    left = torch.cat([query_s - kept_query, kept_query, lost_query], dim=-1)
-    right = torch.cat([key_s, key_s - kept_key, -lost_key], dim=-1)
+    left = torch.cat([query_s - kept_query, kept_query, lost_query], dim=-1).to(dtype)
+    right = torch.cat([key_s, key_s - kept_key, -lost_key], dim=-1).to(dtype)
     return left * valid_BT11, right * valid_BT11

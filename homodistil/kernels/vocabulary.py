@@ -1,8 +1,8 @@
 """Cross-entropy and KL(teacher || student) over a vocabulary, from one look at each model's logits.
 
-The plain forms (objective/losses.py) make some twenty arrays as large as all logits in fp32, and keep five of them for
-backward. Here rows are taken a few at a time, so that what is made of them stays in the processor's cache, and two
-numbers a row are kept; backward makes the probabilities again. Logits come from the models' own heads, not from hidden
+The plain forms (objective/losses.py) make some twenty arrays as large as all logits in fp32, and keep several for
+backward. Here rows are taken a few at a time, so that what is made of them stays in the processor's cache, and nothing
+but the logits is kept; backward makes the probabilities again. Logits come from the models' own heads, not from hidden
 states and weights: a weight that ZeRO-3 has sharded can be read only inside its own module.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from homodistil.kernels.precision import at_least_fp32
 
-CACHE_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
+CACHE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
 """Of one array of rows in fp32: on CPUs a share of the cache, on GPUs enough rows to fill all processors."""
 
 
@@ -35,40 +35,38 @@ class _CrossEntropyAndDivergence(torch.autograd.Function):
     def forward(
         ctx: Any, student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, weights_N: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        parts = []
+        losses = []
         for rows in _few_at_a_time(student_NV):
-            s, t = at_least_fp32(student_NV[rows]), at_least_fp32(teacher_NV[rows]) / temperature
-            norm = s.logsumexp(dim=-1, keepdim=True)
-            loss = norm - s.gather(-1, labels_N[rows, None])
-            s = s / temperature
-            warm_norm = norm if temperature == 1 else s.logsumexp(dim=-1, keepdim=True)
-            teacher_norm = t.logsumexp(dim=-1, keepdim=True)
-            t -= teacher_norm
-            difference = t - s.sub_(warm_norm)  # of log probabilities
-            kl = (t.exp_() * difference).sum(dim=-1, keepdim=True)
-            parts.append(torch.cat([loss, kl, norm, warm_norm, teacher_norm], dim=-1))
-        found_N5 = torch.cat(parts)
-        ctx.save_for_backward(student_NV, teacher_NV, labels_N, weights_N, found_N5)
+            s, t = at_least_fp32(student_NV[rows]), at_least_fp32(teacher_NV[rows])
+            log_p, log_q = s.log_softmax(dim=-1), _warm(t, temperature).log_softmax(dim=-1)
+            loss = -log_p.gather(-1, labels_N[rows, None])
+            warm_log_p = log_p if temperature == 1 else _warm(s, temperature).log_softmax(dim=-1)
+            kl = torch.linalg.vecdot(log_q.exp(), log_q.sub_(warm_log_p)).unsqueeze(-1)
+            losses.append(torch.cat([loss, kl], dim=-1))
+        losses_N2 = torch.cat(losses)
+        ctx.save_for_backward(student_NV, teacher_NV, labels_N, weights_N.to(losses_N2.dtype))
         ctx.temperature = temperature
-        sums = (found_N5[:, :2] * weights_N[:, None]).sum(dim=0)
+        sums = (losses_N2 * weights_N[:, None]).sum(dim=0)
         return sums[0], sums[1]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """d CE = p - y; d KL = (p_T - q_T) / T, with p and q the student's and the teacher's probabilities."""
-        student_NV, teacher_NV, labels_N, weights_N, found_N5 = ctx.saved_tensors
-        loss_N1, kl_N1 = (gradient * weights_N.to(found_N5.dtype).unsqueeze(-1) for gradient in gradients)
+        student_NV, teacher_NV, labels_N, weights_N = ctx.saved_tensors
+        loss_N1, kl_N1 = (gradient * weights_N[:, None] for gradient in gradients)
         gradient_NV, temperature = torch.empty_like(student_NV), ctx.temperature
         for rows in _few_at_a_time(student_NV):
-            norm, warm_norm, teacher_norm = found_N5[rows, 2:].split(1, dim=-1)
-            s, t = at_least_fp32(student_NV[rows]), at_least_fp32(teacher_NV[rows]) / temperature
-            q = t.sub_(teacher_norm).exp_()
-            p_warm = (s / temperature).sub_(warm_norm).exp_()
-            p = p_warm if temperature == 1 else s.sub(norm).exp_()
-            gradient = (p_warm - q).mul_(kl_N1[rows] / temperature).addcmul_(p, loss_N1[rows])
+            s, t = at_least_fp32(student_NV[rows]), at_least_fp32(teacher_NV[rows])
+            p, q = s.softmax(dim=-1), _warm(t, temperature).softmax(dim=-1)
+            warm_p = p if temperature == 1 else _warm(s, temperature).softmax(dim=-1)
+            gradient = (warm_p - q).mul_(kl_N1[rows] / temperature).addcmul_(p, loss_N1[rows])
             gradient.scatter_add_(-1, labels_N[rows, None], -loss_N1[rows])
             gradient_NV[rows] = gradient
         return gradient_NV, None, None, None, None
+
+
+def _warm(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1 else logits / temperature
 
 
 def _few_at_a_time(logits_NV: Tensor) -> Iterator[slice]:
