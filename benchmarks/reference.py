@@ -1,9 +1,9 @@
 """R and R+: what a good script does with stock transformers, against which this project's step is measured.
 
 Both have two whole models, all-position logits, the model's own masked-language-model loss over them, learned
-projections, `kl_div` under a mask of the scored positions and `mse_loss` over whole attention maps. R attends eagerly, which is
-what hands maps out, keeps the student's full width under a mask, and runs torch's default AdamW. R+ has what a careful
-engineer adds: SDPA, the student cut to its width, torch.compile over models and losses, and fused AdamW.
+projections, `kl_div` under a mask of the scored positions and `mse_loss` over whole attention maps. R attends eagerly,
+which is what hands maps out, keeps the student's full width under a mask, and runs torch's default AdamW. R+ has what
+a careful engineer adds: SDPA, the student cut to its width, torch.compile over models and losses, and fused AdamW.
 """
 
 from __future__ import annotations
