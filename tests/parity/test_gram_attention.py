@@ -73,13 +73,30 @@ def test_what_stands_at_padding_does_not_matter(form: Callable[..., Tensor]) -> 
 
 
 @FORMS
-def test_bf16_inputs_are_computed_in_fp32_even_under_autocast(form: Callable[..., Tensor]) -> None:
-    student, teacher = (_states(WIDTH, seed=seed, dtype=torch.bfloat16) for seed in (0, 1))
-    exact = _twin(*(tuple(x.double() for x in pair) for pair in (student, teacher)), _valid())
+def test_autocast_does_not_lower_the_precision_of_fp32_inputs(form: Callable[..., Tensor]) -> None:
+    student, teacher = (_states(WIDTH, seed=seed, dtype=torch.float32) for seed in (0, 1))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = form(student, teacher, _valid())
+    torch.testing.assert_close(found.double(), _exact(student, teacher, _valid()), rtol=1e-6, atol=0)
+
+
+@FORMS
+@pytest.mark.parametrize("gap", [1.0, 0.05, 0.01])
+def test_bf16_inputs_lose_nothing_to_cancellation(form: Callable[..., Tensor], gap: float) -> None:
+    """Products are bf16's, each as precise as the difference that it is made of; the sum is fp32's."""
+    teacher, noise = (_states(32, seed=seed, dtype=torch.float32, tokens=128) for seed in (1, 0))
+    student = tuple((x + gap * n).detach().bfloat16().requires_grad_() for x, n in zip(teacher, noise, strict=True))
+    teacher = tuple(x.detach().bfloat16() for x in teacher)
+    found, exact = form(student, teacher, _valid(128)), _exact(student, teacher, _valid(128))
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.double(), exact.detach(), rtol=2e-3, atol=0)
+    for ours, twins in zip(torch.autograd.grad(found, student), torch.autograd.grad(exact, student), strict=True):
+        assert (ours.double() - twins.double()).norm() < 0.01 * twins.double().norm()
+
+
+def _exact(student: QueriesKeys, teacher: QueriesKeys, valid: Tensor) -> Tensor:
+    in_fp64 = [(query.double(), key.double()) for query, key in (student, teacher)]
+    return _twin(in_fp64[0], in_fp64[1], valid)
 
 
 def test_the_gram_form_is_preferred_from_four_head_widths_of_tokens_on() -> None:
