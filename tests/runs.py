@@ -262,10 +262,10 @@ def _once_not_a_number(at: int) -> Iterator[None]:
 @contextmanager
 def _poisoned(when: Callable[[int], bool]) -> Iterator[None]:
     from homodistil.engine import StudentEngine
-    from homodistil.objective import losses
+    from homodistil.objective import objective
     from homodistil.ranks import Ranks
 
-    accumulate, divergence = StudentEngine.accumulate, losses.divergence
+    accumulate, losses = StudentEngine.accumulate, objective.cross_entropy_and_divergence
     update = [0]
 
     def counted(engine: StudentEngine, *arguments: Any) -> Any:
@@ -274,9 +274,11 @@ def _poisoned(when: Callable[[int], bool]) -> Iterator[None]:
 
     def broken(*arguments: Any) -> Any:
         bad = when(update[0]) and Ranks.current().rank == 1
-        return divergence(*arguments) * (float("nan") if bad else 1.0)
+        mlm, kl = losses(*arguments)
+        return mlm, kl * (float("nan") if bad else 1.0)
 
-    with patch.object(StudentEngine, "accumulate", counted), patch.object(losses, "divergence", broken):
+    replaced = patch.object(objective, "cross_entropy_and_divergence", broken)
+    with patch.object(StudentEngine, "accumulate", counted), replaced:
         yield
 
 
