@@ -1,4 +1,4 @@
-"""What this machine's arithmetic is good at."""
+"""What this machine is good at, and what its C library is told about memory."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 #
 #   launchers/mpirun.sh -np 8 python launchers/pretrain.py --ds_config ds_configs/zero2.json
 #
-# Open MPI 5 gives its ranks a quarter of a second between SIGTERM and SIGKILL, and no option for more: too little
-# to write a checkpoint in. SIGUSR1 it passes on and waits.
+# Open MPI 5 gives its ranks a quarter of a second between SIGTERM and SIGKILL, whatever odls_base_sigkill_timeout says:
+# too little to write a checkpoint in. SIGUSR1 it passes on and waits.
 trap 'kill -USR1 "$ranks"' TERM
 trap 'kill -INT "$ranks"' INT
 mpirun "$@" &

@@ -1,6 +1,6 @@
 """Cross-entropy and KL(teacher || student) over a vocabulary, from one look at each model's logits.
 
-The plain forms (objective/losses.py) make some twenty arrays as large as all logits in fp32, and keep several for
+The plain forms (objective/losses.py) make array after array as large as all logits in fp32, and keep several for
 backward. Here rows are taken a few at a time, so that what is made of them stays in the processor's cache, and nothing
 but the logits is kept; backward makes the probabilities again. Logits come from the models' own heads, not from hidden
 states and weights: a weight that ZeRO-3 has sharded can be read only inside its own module.
@@ -19,7 +19,7 @@ from torch import Tensor
 from homodistil.kernels.precision import at_least_fp32
 
 CACHE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
-"""Of one array of rows in fp32: on CPUs a share of the cache, on GPUs enough rows to fill all processors."""
+"""Of one array of rows in fp32: on CPUs a share of the cache; on GPUs a guess, not measured yet."""
 
 
 def cross_entropy_and_divergence(

@@ -46,7 +46,7 @@ def attention_implementation(kernel: Kernel) -> str:
     layer, each (B, A, T, d). Raises `ConfigError` where FlashAttention is asked for and cannot run.
     """
     name = _NAMES[kernel]
-    AttentionInterface.register(name, _returning_queries_and_keys(_stock(kernel)))
+    AttentionInterface.register(name, _returning_queries_and_keys(_kernel_function(kernel)))
     mask = ALL_MASK_ATTENTION_FUNCTIONS[kernel] if kernel == "flash_attention_2" else _key_mask
     AttentionMaskInterface.register(name, mask)  # without one, padding is attended to
     return name
@@ -60,7 +60,7 @@ def _key_mask(*, attention_mask: Tensor | None, **_: Any) -> Tensor | None:
     return attention_mask[:, None, None, :].bool()
 
 
-def _stock(kernel: Kernel) -> Attention:
+def _kernel_function(kernel: Kernel) -> Attention:
     if kernel == "flash_attention_2":
         _require_flash_attention()
         return _flash_attention_2
@@ -70,7 +70,7 @@ def _stock(kernel: Kernel) -> Attention:
 def _by_shape(module: nn.Module, query: Tensor, *arguments: Any, **settings: Any) -> tuple[Tensor, Any]:
     """SDPA, but for short sequences on CPUs, where its backward alone takes longer than all of the plain one."""
     short = query.device.type == "cpu" and query.shape[2] <= SHORT
-    return _stock("eager" if short else "sdpa")(module, query, *arguments, **settings)
+    return _kernel_function("eager" if short else "sdpa")(module, query, *arguments, **settings)
 
 
 def _returning_queries_and_keys(attention: Attention) -> Attention:
