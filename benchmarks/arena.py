@@ -54,7 +54,8 @@ def cut(model: BertForMaskedLM, shape: StudentShape) -> BertForMaskedLM:
 
 def run_config(sequences: int, **sections: Any) -> RunConfig:
     """All four terms; one micro-batch an update."""
-    objective = {name: {"weight": weight} for name, weight in WEIGHTS.items()}
+    objective: dict[str, Any] = {name: {"weight": weight} for name, weight in WEIGHTS.items()}
+    objective["kl"]["temperature"] = 1.0  # the references have none
     data = {"global_batch": sequences, "micro_batch": sequences}
     return RunConfig.model_validate(
         {"teacher": {"path": "in memory"}, "objective": objective, "data": data, **sections}
@@ -83,4 +84,5 @@ def random_batch(sequences: int, length: int, seed: int = 0) -> Batch:
     positions = torch.stack([torch.randperm(length, generator=generator)[:slots].sort()[0] for _ in range(sequences)])
     labels = ids.gather(1, positions)
     ids.scatter_(1, positions, 103)
-    return Batch(ids, torch.ones_like(ids), positions, labels, torch.ones(sequences, slots), torch.arange(sequences))
+    weights, samples = torch.ones(sequences, slots), torch.arange(sequences)
+    return Batch(ids, torch.ones_like(ids), positions, labels, weights, samples, padded=False)

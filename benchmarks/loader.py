@@ -70,7 +70,7 @@ def measure(options: argparse.Namespace, folder: Path, ranks: Ranks) -> list[dic
         "collator": lambda: sum(len(rows["input_ids"]) for rows in collated(folder, index, collator, options)),
     }
     counts = {name: arm() for name, arm in arms.items()}
-    timings = interleave(arms, options.rounds, warmup=0)
+    timings = interleave(arms, options.rounds)
     speeds = {name: counts[name] / timings.median(name) for name in arms}
     return [
         {"loader": name, "sequences/s": speed, "stream is": speeds["stream"] / speed} for name, speed in speeds.items()

@@ -2,7 +2,9 @@
 
 All four terms, bf16, the same batch, aligner, scored positions and start in every arm; losses of the first update are
 compared before anything is timed. `ours` is the real thing: a ZeRO-2 student engine beside a replicated teacher.
-`indexed` is ours without learned projections, another objective.
+Two more arms are other objectives: `indexed` is ours without learned projections, `no attention` without that loss,
+which is how its share is measured. R and R+ run with the C library's own way with freed memory, as in a process of
+their own; with --kept they profit from ours (hardware.keep_freed_memory) as well.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from benchmarks.arena import BASE, RATE, WEIGHTS, bert, cut, engines, random_bat
 from benchmarks.interleaved import interleave, leave
 from benchmarks.reference import Reference
 from homodistil.batch import Batch
+from homodistil.config import AttentionTerm, HiddenTerm
 from homodistil.engine import StudentEngine, started_ranks
-from homodistil.hardware import matrix_product_flops
+from homodistil.hardware import give_back_freed_memory, keep_freed_memory, matrix_product_flops
 from homodistil.knowledge.aligners import ProjectionAligner
 from homodistil.knowledge.teacher import Teacher
 from homodistil.models.shape import HIDDEN, StudentShape, heads
@@ -31,6 +34,11 @@ from homodistil.ranks import Ranks
 TOLERANCE = 0.02
 """Relative, of losses in bf16: ours rounds the weights as well, the references activations only."""
 Step = Callable[[Batch], list[float]]
+REFERENCES = ("R", "R+")
+VARIANTS = {"indexed": {"hidden": HiddenTerm(weight=1, aligner="indexed")}, "no attention": {"attention": AttentionTerm(weight=0)}}
+"""Arm -> what its objective has in place of ours."""
+SHARES = {"indexed": "projections", "no attention": "attention loss"}
+"""Arm -> what of our step it does without."""
 
 
 def main() -> None:
@@ -41,13 +49,14 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512], help="tokens of a sequence")
     parser.add_argument("--widths", type=float, nargs="+", default=[1, 0.5, 0.25], help="share of the units kept")
     parser.add_argument("--rounds", type=int, default=10, help="times each arm is measured")
-    parser.add_argument("--without", nargs="*", default=[], help="arms to leave out: R R+ indexed")
+    parser.add_argument("--without", nargs="*", default=[], choices=[*REFERENCES, *VARIANTS], help="arms to leave out")
+    parser.add_argument("--kept", action="store_true", help="freed memory is kept in R and R+ as well")
     parser.add_argument("--compile", action="store_true", help="ours with performance.compile")
     options = parser.parse_args()
     with started_ranks() as ranks:
         rows = [measure(options, length, width, ranks) for length in options.lengths for width in options.widths]
     show(rows)
-    print(f"written to {leave('step', rows)}")
+    print(f"written to {leave('step-kept' if options.kept else 'step', rows)}")
 
 
 def measure(options: argparse.Namespace, length: int, width: float, ranks: Ranks) -> dict[str, Any]:
@@ -55,11 +64,12 @@ def measure(options: argparse.Namespace, length: int, width: float, ranks: Ranks
     batch = random_batch(options.tokens // length, length)
     arms = build(options, len(batch), width, ranks)
     first = {name: step(batch) for name, step in arms.items()}
-    for name, losses in first.items():
+    for name in set(REFERENCES) & set(arms):
         # Under a mask LayerNorm still averages over the lost units: below width 1, R is another function.
-        if name != "indexed" and (name != "R" or width == 1):
-            assert_close(name, losses, first["ours"])
-    timings = interleave({name: partial(step, batch) for name, step in arms.items()}, options.rounds)
+        if name != "R" or width == 1:
+            assert_close(name, first[name], first["ours"])
+    steps = {name: partial(step, batch) for name, step in arms.items()}
+    timings = interleave(steps, options.rounds, enter=partial(keep_or_give_back, options.kept))
     peak, flops = matrix_product_flops(torch.bfloat16, ranks.device), useful_flops(options.layers, width, batch)
     seconds = {name: timings.median(name) for name in arms}
     arms.clear()
@@ -90,10 +100,10 @@ def build(options: argparse.Namespace, sequences: int, width: float, ranks: Rank
     if "R+" not in options.without:
         kept, narrowed = [shape.kept[heads(layer)] for layer in range(layers)], projections(layers, shape.kept[HIDDEN])
         arms["R+"] = Reference(teacher, student, narrowed, kept, WEIGHTS, RATE, plus=True).step
-    for name, aligner in (("ours", "projection"), ("indexed", "indexed")):
+    for name in ("ours", *VARIANTS):
         if name not in options.without:
             run = run_config(sequences, performance={"compile": options.compile})
-            run.objective.hidden.aligner = aligner  # type: ignore[assignment]
+            run.objective = run.objective.model_copy(update=VARIANTS.get(name, {}))
             arms[name] = partial(ours, *engines(run, teacher, student, shape, ranks))
     return arms
 
@@ -102,10 +112,18 @@ def projections(layers: int, kept: range | tuple[int, ...]) -> list[torch.nn.Lin
     return [ProjectionAligner(kept, BASE.hidden, "identity").projection for _ in range(layers + 1)]
 
 
+def keep_or_give_back(kept: bool, arm: str) -> None:
+    """Each arm with the C library's settings that it has in a process of its own, or all with ours."""
+    if arm in REFERENCES and not kept:
+        give_back_freed_memory()
+    else:
+        keep_freed_memory()
+
+
 def ours(student: StudentEngine, teacher: Teacher, batch: Batch) -> list[float]:
     losses = student.accumulate(batch, teacher)
     student.update(RATE)
-    return [losses[name].item() for name in WEIGHTS]
+    return [losses[name].item() for name in WEIGHTS if name in losses]
 
 
 def assert_close(arm: str, losses: list[float], expected: list[float]) -> None:
@@ -128,16 +146,19 @@ def useful_flops(layers: int, width: float, batch: Batch) -> float:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Seconds of an update, and how many times as long as ours the others take."""
-    arms = list(rows[0]["seconds"])
-    others = [arm for arm in arms if arm != "ours"]
-    table = Table("batch", "width", *(f"{a}, s" for a in arms), *(f"{a} / ours" for a in others), "utilisation")
+    """Seconds of an update, how many times as long as ours the references take, and what ours is made of."""
+    present = rows[0]["seconds"]
+    references = [arm for arm in REFERENCES if arm in present]
+    shares = {arm: title for arm, title in SHARES.items() if arm in present}
+    ratios = [f"{arm} / ours" for arm in references]
+    table = Table("batch", "width", *(f"{a}, s" for a in (*references, "ours")), *ratios, *shares.values(), "utilisation")
     for row in rows:
-        seconds = [f"{row['seconds'][arm]:.3f}" for arm in arms]
-        ratios = [f"{row['ratios'][arm]:.2f}" for arm in others]
+        seconds = [f"{row['seconds'][arm]:.3f}" for arm in (*references, "ours")]
+        times = [f"{row['ratios'][arm]:.2f}" for arm in references]
+        saved = [f"{1 - row['ratios'][arm]:.1%}" for arm in shares]
         batch = f"{row['sequences']} x {row['length']}"
-        table.add_row(batch, f"{row['width']:g}", *seconds, *ratios, f"{row['utilisation']:.0%}")
-    Console().print(table)
+        table.add_row(batch, f"{row['width']:g}", *seconds, *times, *saved, f"{row['utilisation']:.0%}")
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,12 +27,17 @@ class Batch:
     """(B, S) float32: 1 for a scored slot, 0 for one that had no target."""
     samples: Tensor
     """(B,) int64: each sequence's number in the corpus."""
+    padded: bool = True
+    """False if every sequence fills its row, so that attention needs no mask. Known on the host: nobody has to wait for
+    a device to say so."""
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
     def rows(self, start: int, end: int) -> Batch:
-        return Batch(*(getattr(self, f.name)[start:end] for f in fields(self)))
+        """Of a batch on the host."""
+        rows = self._each(lambda tensor: tensor[start:end])
+        return replace(rows, padded=self.padded and not bool(rows.attention_mask.all()))
 
     def micro_batches(self, size: int) -> Iterator[Batch]:
         """Consecutive slices of at most `size` sequences."""
@@ -41,10 +46,13 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """On `device`; the copy is asynchronous where the memory is pinned."""
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        return Batch(*(getattr(self, f.name).pin_memory() for f in fields(self)))
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(self, **{k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)})
 
     def counts(self) -> Counts:
         """This batch's share of the update's counts, as a float64 vector ready for an all-reduce."""

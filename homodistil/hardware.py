@@ -11,7 +11,8 @@ import torch
 CPUINFO = Path("/proc/cpuinfo")
 PRODUCTS = 10
 """Matrix products between two looks at the clock."""
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+LIBC = ctypes.CDLL(None)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 """glibc's malloc.h."""
 BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
@@ -26,10 +27,25 @@ def has_bf16() -> bool:
 def keep_freed_memory() -> None:
     """Let the C library keep what is freed, for the next update, instead of giving it back to the system: on CPUs, new
     pages cost a tenth of an update. Where it has no such settings (macOS, musl), nothing happens."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)  # large arrays come from the heap as well
-        mallopt(M_TRIM_THRESHOLD, -1)
+    _tell_allocator({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1})  # large arrays come from the heap as well
+
+
+def give_back_freed_memory() -> None:
+    """What the C library does by itself in a process that has freed large arrays: the other side of benchmarks."""
+    _tell_allocator({M_MMAP_MAX: 1 << 16, M_MMAP_THRESHOLD: 32 << 20, M_TRIM_THRESHOLD: 64 << 20})
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system now."""
+    if hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
+
+
+def _tell_allocator(settings: dict[int, int]) -> None:
+    if hasattr(LIBC, "mallopt"):
+        for parameter, value in settings.items():
+            LIBC.mallopt(parameter, value)
 
 
 def matrix_product_flops(dtype: torch.dtype, device: torch.device, seconds: float = 0.5) -> float:

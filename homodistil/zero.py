@@ -7,10 +7,9 @@ deepspeed 0.19.8; tests/distributed/test_zero_contract.py holds it to that.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -21,8 +20,11 @@ from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_grad, safe
 from torch import Tensor, nn
 
 from homodistil.errors import CheckpointError
+from homodistil.hardware import trim_heap
 from homodistil.state import EXP_AVG, EXP_AVG_SQ, MASTER, Fragment, Layout, Movable, Piece, Range, StudentState
 
+PIECE = 1 << 16
+"""Elements, of which fp32 adds up the squares to five digits."""
 Buffers = dict[str, dict[str, Tensor]]
 """Parameter name -> buffer name -> (n,) fp32: what readers keep beside each owned weight."""
 
@@ -155,6 +157,7 @@ class _FlatPartition:
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
+        _spare_passes(optimizer)
 
     def flats(self) -> list[Tensor]:
         return list(self._optimizer.single_partition_of_fp32_groups)
@@ -230,6 +233,24 @@ def _partition_of(engine: DeepSpeedEngine) -> _Partition:
     return _FlatPartition(engine.optimizer)
 
 
+def _spare_passes(optimizer: Any) -> None:
+    """Two things that a stage 1 or 2 step does to all gradients, more cheaply.
+
+    The look for values that are not finite says nothing that the norm does not say, which `step` looks at too. And
+    the norm is taken piece by piece in fp32, where DeepSpeed converts everything to fp64.
+    """
+    group = optimizer.dp_process_group
+
+    def norm(gradients: Iterable[Tensor], *_: Any, **__: Any) -> Tensor:
+        pieces = [piece for gradient in gradients for piece in gradient.detach().flatten().split(PIECE)]
+        square = torch.nn.utils.get_total_norm(pieces).square()
+        torch.distributed.all_reduce(square, group=group)
+        return square.sqrt()
+
+    optimizer.check_overflow = lambda *_, **__: None
+    optimizer.get_grad_norm_direct = norm
+
+
 def release(engine: DeepSpeedEngine) -> None:
     """Destroy an engine and cut the references by which DeepSpeed would keep it alive.
 
@@ -250,16 +271,9 @@ def collect() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     else:
-        _trim_heap()
+        trim_heap()  # else every rebuild would look like a leak
 
 
 def _coordinator_cache() -> Any:
     wrapper = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
     return inspect.getclosurevars(wrapper).nonlocals["func"]
-
-
-def _trim_heap() -> None:
-    """Give freed memory back to the system; glibc keeps it otherwise, and every rebuild would look like a leak."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)

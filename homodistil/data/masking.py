@@ -48,7 +48,7 @@ class Masker:
         real_BT = (ids_BT != self.special_tokens.pad).astype(np.int64)
         ids_BT[row_N, column_N] = self._replace(ids_BT[row_N, column_N], hashes_BT[row_N, column_N])
         arrays = ids_BT, real_BT, positions_BS, labels_BS, weights_BS, samples.astype(np.int64)
-        return Batch(*map(torch.from_numpy, arrays))
+        return Batch(*map(torch.from_numpy, arrays), padded=not real_BT.all())
 
     def _choose(self, ids_BT: NDArray[np.int64], hashes_BT: Hashes) -> Mask:
         """Per sequence, the words with the smallest hashes that fit its quota whole.

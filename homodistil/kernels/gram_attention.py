@@ -1,6 +1,6 @@
 """Squared error between two models' attention scores, with and without T x T maps: two exact forms of one number.
 
-Both work on factors U, V with U V^T = Q_s K_s^T - Q_t K_t^T on valid pairs and zero elsewhere. `direct` makes the map;
+Both work on factors U, V with U V^T = Q_s K_s^T - Q_t K_t^T = D on valid pairs and zero elsewhere. `direct` makes D;
 `gram` uses ||U V^T||^2 = <U^T U, V^T V>, whose matrices are as wide as a head and whose cost is linear in T. Which
 heads and columns face each other, scaling, centring and normalising are the objective's. Bidirectional attention only:
 a causal mask does not factorise over queries and keys.
@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from homodistil.kernels.precision import at_least_fp32
+from homodistil.kernels.precision import at_least_fp32, without_autocast
 
 QueriesKeys = tuple[Tensor, Tensor]
 """Queries and keys of one layer: (B, A, T, head width) each."""
@@ -26,18 +27,55 @@ ScoreDifference = Callable[[QueriesKeys, QueriesKeys, Tensor], Tensor]
 def direct(student: QueriesKeys, teacher: QueriesKeys, valid_BT: Tensor) -> Tensor:
     """Sum over valid query-key pairs and heads of (q_s . k_s - q_t . k_t)^2, from the map of differences.
 
-    Args: see `difference_factors`. Returns a scalar in fp32, or in fp64 for fp64 inputs.
+    Args: see `difference_factors`. Returns a scalar in fp32, or in fp64 for fp64 inputs. Only the student is
+    differentiated.
     """
-    left, right = difference_factors(student, teacher, valid_BT)
-    with torch.autocast(left.device.type, enabled=False):
-        return at_least_fp32(left @ right.mT).square().sum()
+    with without_autocast(valid_BT):
+        return _Direct.apply(*student, *teacher, valid_BT)
 
 
 def gram(student: QueriesKeys, teacher: QueriesKeys, valid_BT: Tensor) -> Tensor:
     """The value and gradients of `direct`, from two w x w matrices per head."""
-    left, right = difference_factors(student, teacher, valid_BT)
-    with torch.autocast(left.device.type, enabled=False):
+    with without_autocast(valid_BT):
+        return _Gram.apply(*student, *teacher, valid_BT)
+
+
+class _Direct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query_s: Tensor, key_s: Tensor, query_t: Tensor, key_t: Tensor, valid_BT: Tensor
+    ) -> Tensor:
+        left, right = difference_factors((query_s, key_s), (query_t, key_t), valid_BT)
+        difference = left @ right.mT
+        ctx.save_for_backward(query_s, key_s, difference)
+        return at_least_fp32(difference).square().sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """d D^2 = 2 D dD, and dD is dQ_s K_s^T + Q_s dK_s^T."""
+        query_s, key_s, difference = ctx.saved_tensors
+        twice = 2 * gradient
+        by_query, by_key = difference @ key_s.to(difference.dtype), difference.mT @ query_s.to(difference.dtype)
+        return (by_query * twice).to(query_s.dtype), (by_key * twice).to(key_s.dtype), None, None, None
+
+
+class _Gram(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query_s: Tensor, key_s: Tensor, query_t: Tensor, key_t: Tensor, valid_BT: Tensor
+    ) -> Tensor:
+        left, right = difference_factors((query_s, key_s), (query_t, key_t), valid_BT)
+        ctx.save_for_backward(query_s, key_s, left, right)
         return (at_least_fp32(left.mT @ left) * at_least_fp32(right.mT @ right)).sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """`_Direct`'s with D = U V^T never multiplied out: D K_s = U (V^T K_s)."""
+        query_s, key_s, left, right = ctx.saved_tensors
+        twice = 2 * gradient
+        by_query = left @ (right.mT @ key_s.to(right.dtype) * twice).to(left.dtype)
+        by_key = right @ (left.mT @ query_s.to(left.dtype) * twice).to(right.dtype)
+        return by_query.to(query_s.dtype), by_key.to(key_s.dtype), None, None, None
 
 
 def prefers_gram(tokens: int, student_width: int, teacher_width: int) -> bool:
@@ -45,6 +83,7 @@ def prefers_gram(tokens: int, student_width: int, teacher_width: int) -> bool:
     return tokens > 2 * (student_width + teacher_width)
 
 
+@torch.no_grad()
 def difference_factors(student: QueriesKeys, teacher: QueriesKeys, valid_BT: Tensor) -> tuple[Tensor, Tensor]:
     """U and V, (B, A, T, w) each, with U V^T the difference of the models' unscaled scores.
 
@@ -63,4 +102,4 @@ def difference_factors(student: QueriesKeys, teacher: QueriesKeys, valid_BT: Ten
     kept_key, lost_key = key_t[..., :width], key_t[..., width:]
     left = torch.cat([query_s - kept_query, kept_query, lost_query], dim=-1).to(dtype)
     right = torch.cat([key_s, key_s - kept_key, -lost_key], dim=-1).to(dtype)
-    return left * valid_BT11, right * valid_BT11
+    return left.mul_(valid_BT11), right.mul_(valid_BT11)

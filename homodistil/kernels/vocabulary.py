@@ -18,7 +18,7 @@ from torch import Tensor
 
 from homodistil.kernels.precision import at_least_fp32
 
-CACHE_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
+CPU_BYTES, GPU_BYTES = 1 << 20, 1 << 28
 """Of one array of rows in fp32: on CPUs a share of the cache; on GPUs a guess, not measured yet."""
 
 
@@ -71,5 +71,6 @@ def _warm(logits: Tensor, temperature: float) -> Tensor:
 
 def _few_at_a_time(logits_NV: Tensor) -> Iterator[slice]:
     slots, vocabulary = logits_NV.shape
-    count = max(1, CACHE_BYTES[logits_NV.device.type] // (4 * vocabulary))
+    limit = CPU_BYTES if logits_NV.device.type == "cpu" else GPU_BYTES
+    count = max(1, limit // (4 * vocabulary))
     return (slice(start, min(start + count, slots)) for start in range(0, slots, count))

@@ -54,10 +54,8 @@ def attention_implementation(kernel: Kernel) -> str:
 
 def _key_mask(*, attention_mask: Tensor | None, **_: Any) -> Tensor | None:
     """(B, 1, 1, T), where transformers' own is (B, 1, T, T): bidirectional attention has one mask for all queries.
-    None if there is no padding, so that SDPA may choose its fastest kernel."""
-    if attention_mask is None or (not torch.compiler.is_compiling() and attention_mask.all()):
-        return None
-    return attention_mask[:, None, None, :].bool()
+    Without padding there is none, so that SDPA may choose its fastest kernel."""
+    return None if attention_mask is None else attention_mask[:, None, None, :].bool()
 
 
 def _kernel_function(kernel: Kernel) -> Attention:

@@ -99,7 +99,7 @@ class BertFamily:
         assert isinstance(model, BertForMaskedLM)
         outputs = model.bert(
             input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
+            attention_mask=batch.attention_mask if batch.padded else None,
             token_type_ids=torch.zeros_like(batch.input_ids),
             output_hidden_states=True,
             output_attentions=True,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from homodistil.kernels.gram_attention import QueriesKeys, ScoreDifference
-from homodistil.kernels.precision import at_least_fp32
+from homodistil.kernels.precision import at_least_fp32, without_autocast
 
 
 def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, weights_BS: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def probability_difference(student: QueriesKeys, teacher: QueriesKeys, valid_BT:
 
 def _probabilities(queries_keys: QueriesKeys, valid_BT: Tensor, scale: float) -> Tensor:
     query, key = map(at_least_fp32, queries_keys)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         scores = query @ key.mT * scale
     padding = valid_BT[:, None, None, :] == 0
     return scores.masked_fill(padding, torch.finfo(scores.dtype).min).softmax(dim=-1)

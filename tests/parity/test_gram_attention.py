@@ -42,8 +42,7 @@ def test_values_and_gradients_equal_the_written_out_maps_in_fp64(form: Callable[
     expected = _twin(student, teacher, _valid())
     found = form(student, teacher, _valid())
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-    inputs = (*student, *teacher)
-    for ours, twins in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True):
+    for ours, twins in zip(torch.autograd.grad(found, student), torch.autograd.grad(expected, student), strict=True):
         torch.testing.assert_close(ours, twins, rtol=1e-12, atol=1e-10)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,7 +45,7 @@ def test_no_attention_map_is_made_at_512_tokens(padded: bool) -> None:
     student, teacher = Student(models[0], blueprint, blueprint.full_shape).train(), FrozenModel(models[1], BertFamily())
     rows = fixtures.batch(sequences=2, tokens=TOKENS)
     if not padded:
-        rows.attention_mask.fill_(1)
+        rows = replace(rows, attention_mask=torch.ones_like(rows.attention_mask), padded=False)
     with Shapes() as shapes:
         knowledge = as_tuple(Signals(*teacher(*as_tuple(rows))))  # type: ignore[arg-type]
         total, _ = student(as_tuple(rows), knowledge, rows.counts().vector)

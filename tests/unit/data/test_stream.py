@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 
@@ -17,16 +16,19 @@ from homodistil.errors import ConfigError, DataError
 from tests.unit.data.corpora import SEQUENCE_LENGTH, stream
 
 
+def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+
+
 def rows_of(batch: Batch) -> list[tuple[bytes, ...]]:
-    """Every row as a hashable value, all its fields included."""
-    return [
-        tuple(getattr(batch, field.name)[row].numpy().tobytes() for field in fields(Batch)) for row in range(len(batch))
-    ]
+    """Every row as a hashable value, all its tensors included."""
+    return [tuple(tensor[row].numpy().tobytes() for tensor in tensors(batch).values()) for row in range(len(batch))]
 
 
 def assert_equal(one: Batch, other: Batch) -> None:
-    for field in fields(Batch):
-        assert torch.equal(getattr(one, field.name), getattr(other, field.name)), field.name
+    for name, tensor in tensors(one).items():
+        assert torch.equal(tensor, getattr(other, name)), name
+    assert one.padded == other.padded
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

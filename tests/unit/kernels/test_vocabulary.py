@@ -33,7 +33,7 @@ def _twin(student: Tensor, teacher: Tensor, labels: Tensor, weights: Tensor, tem
 def test_sums_and_their_separate_gradients_are_those_of_the_definitions(
     monkeypatch: pytest.MonkeyPatch, rows: int, temperature: float
 ) -> None:
-    monkeypatch.setitem(vocabulary.CACHE_BYTES, "cpu", 4 * WORDS * rows)
+    monkeypatch.setattr(vocabulary, "CPU_BYTES", 4 * WORDS * rows)
     student, *rest = _random(torch.float64)
     found = cross_entropy_and_divergence(student, *rest, temperature)
     expected = _twin(student, *rest, temperature)
