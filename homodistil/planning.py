@@ -1,0 +1,177 @@
+"""Planning: how long an update and a run take on so many ranks, in which parts, and what each rank must hold.
+
+Work is counted (costs.py), speed is a machine's (machines.py), and what lies between is a sum: no part is fitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+
+from homodistil.costs import Cost, micro_batch_cost
+from homodistil.ds_config import micro_batch_size
+from homodistil.machines import Machine
+from homodistil.models.shape import Widths
+from homodistil.pruning.ladder import Ladder
+from homodistil.student import Blueprint
+
+GRADIENT_BYTES = 28
+"""Read and written per weight when a micro-batch's gradients go to the owned partition: into a bucket and out of it in
+bf16, to fp32 and back, added up."""
+STEP_BYTES = 50
+"""Per owned weight: zeroing, norm, clipping, AdamW in fp32, the copy in bf16."""
+SCORING_BYTES = 40
+"""Per owned weight and update: |w g|, its check, its sums over rows and columns."""
+OVERLAPPED = 2 / 3
+"""Share of a micro-batch's time that is backward, beside which gradients can travel with `overlap_comm`."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """Seconds of one update on one rank, part by part."""
+
+    arithmetic: float
+    """Matrix products and attention."""
+    elementwise: float
+    """All other operations of the models and losses."""
+    starting: float
+    """What the host's starting of operations adds."""
+    optimizer: float
+    """Gradient buckets, norm, clipping, AdamW."""
+    scoring: float
+    """|w g| of what is still to be pruned."""
+    communication: float
+    """What of it is not hidden behind the backward pass."""
+
+    @property
+    def seconds(self) -> float:
+        return sum(vars(self).values())
+
+    @property
+    def longest(self) -> str:
+        """The part that takes longest."""
+        return max(vars(self), key=lambda part: getattr(self, part))
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """A run on so many ranks."""
+
+    ranks: int
+    micro_batch: int
+    accumulation: int
+    update: Update
+    """Means over the run."""
+    hours: float
+    flops: float
+    """Matrix products of the whole run, over all ranks."""
+    memory: dict[str, float]
+    """Part -> bytes on each rank, when the run begins."""
+
+
+@dataclass(frozen=True)
+class Planner:
+    """One run on one kind of machine, for any number of ranks."""
+
+    blueprint: Blueprint
+    ladder: Ladder
+    start: Widths
+    length: int
+    machine: Machine
+    dtype: torch.dtype
+    zero_stage: int
+    overlap: bool
+    _counted: dict[Widths, tuple[Cost, Cost]] = field(default_factory=dict, repr=False, compare=False)
+
+    def outlook(self, ranks: int) -> Outlook:
+        """Raises `ConfigError` if the ranks cannot share the global batch."""
+        data, updates = self.blueprint.run.data, self.blueprint.run.run.updates
+        size = micro_batch_size(data.global_batch, data.micro_batch, ranks)
+        accumulation = data.global_batch // (size * ranks)
+        total, flops = dict.fromkeys((part.name for part in fields(Update)), 0.0), 0.0
+        for widths, count, scored in self._stretches():
+            cost = self._cost(widths, size)
+            update = self._update(cost, accumulation, ranks, scored)
+            flops += cost.flops * accumulation * ranks * count
+            total = {name: seconds + count * getattr(update, name) for name, seconds in total.items()}
+        mean = Update(**{name: seconds / updates for name, seconds in total.items()})
+        first = self._cost(self.start, size)
+        return Outlook(
+            ranks, size, accumulation, mean, mean.seconds * updates / 3600, flops, self._memory(first, ranks)
+        )
+
+    def update(self, widths: Widths, ranks: int = 1) -> Update:
+        """Of a student that is not being scored."""
+        data = self.blueprint.run.data
+        size = micro_batch_size(data.global_batch, data.micro_batch, ranks)
+        return self._update(self._cost(widths, size), data.global_batch // (size * ranks), ranks, scored=False)
+
+    def bound_by_communication(self, most: int = 4096) -> int | None:
+        """The fewest ranks, doubling from 1, on which communication takes longer than all else together."""
+        ranks, batch = 1, self.blueprint.run.data.global_batch
+        while ranks <= min(most, batch) and batch % ranks == 0:
+            update = self.outlook(ranks).update
+            if update.communication > update.seconds / 2:
+                return ranks
+            ranks *= 2
+        return None
+
+    def shapes(self) -> list[Widths]:
+        """Those that the student has on its way."""
+        return [self.start, *(rung.widths for rung in self.ladder.rungs)]
+
+    def _stretches(self) -> Iterator[tuple[Widths, int, bool]]:
+        """Widths, updates spent there, and whether more pruning is to come."""
+        ends = [*(rung.update for rung in self.ladder.rungs), self.blueprint.run.run.updates]
+        for index, (widths, end) in enumerate(zip(self.shapes(), ends, strict=True)):
+            yield widths, end - (ends[index - 1] if index else 0), index + 1 < len(ends)
+
+    def _cost(self, widths: Widths, size: int) -> Cost:
+        """From counts of one and of two sequences: all but the number of operations is a straight line."""
+        if widths not in self._counted:
+            of = [micro_batch_cost(self.blueprint, widths, sequences, self.length, self.dtype) for sequences in (1, 2)]
+            self._counted[widths] = of[0], of[1]
+        one, two = self._counted[widths]
+
+        def at_size(name: str) -> float:
+            first, second = getattr(one, name), getattr(two, name)
+            return float(first + (size - 1) * (second - first))
+
+        straight = {name: at_size(name) for name in ("products", "batched", "attention", "traffic", "activations")}
+        return replace(one, **straight)
+
+    def _update(self, cost: Cost, accumulation: int, ranks: int, scored: bool) -> Update:
+        machine, weights, owned = self.machine, cost.parameters, cost.parameters / ranks
+        reductions = accumulation if self.zero_stage > 1 else 1  # stage 1 adds up first and reduces once
+        micro_batch = machine.seconds(cost)
+        passes = weights * GRADIENT_BYTES * reductions + owned * STEP_BYTES
+        reducing = reductions * machine.all_reduce(4 * weights, ranks)  # communication_data_type: fp32
+        if self.overlap:
+            reducing = max(0.0, reducing - OVERLAPPED * accumulation * sum(micro_batch.values()))
+        working = self.dtype.itemsize * weights
+        gathers = 2 * accumulation if self.zero_stage == 3 else 1
+        teacher = accumulation * machine.gather(self._sharded_teacher(cost, ranks), ranks)
+        return Update(
+            **{part: accumulation * seconds for part, seconds in micro_batch.items()},
+            optimizer=passes / machine.bandwidth,
+            scoring=owned * SCORING_BYTES / machine.bandwidth if scored else 0.0,
+            communication=reducing + gathers * machine.gather(working, ranks) + teacher,
+        )
+
+    def _memory(self, cost: Cost, ranks: int) -> dict[str, float]:
+        weights, width, share = cost.parameters, self.dtype.itemsize, 1 / ranks
+        return {
+            "student": weights * width * (share if self.zero_stage == 3 else 1),
+            "masters and moments": weights * 12 * share,
+            "gradients": weights * 4 * (share if self.zero_stage > 1 else 1),
+            "teacher": self._sharded_teacher(cost, ranks) * share or cost.teacher_parameters * width,
+            "activations": cost.activations,
+        }
+
+    def _sharded_teacher(self, cost: Cost, ranks: int) -> float:
+        """Bytes of a teacher that is cut over the ranks; 0 for one that each rank holds whole."""
+        sharding = self.blueprint.run.teacher.sharding
+        sharded = sharding == "zero3" or (sharding == "auto" and ranks > 1)
+        return cost.teacher_parameters * self.dtype.itemsize if sharded else 0.0
