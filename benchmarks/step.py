@@ -35,7 +35,10 @@ TOLERANCE = 0.02
 """Relative, of losses in bf16: ours rounds the weights as well, the references activations only."""
 Step = Callable[[Batch], list[float]]
 REFERENCES = ("R", "R+")
-VARIANTS = {"indexed": {"hidden": HiddenTerm(weight=1, aligner="indexed")}, "no attention": {"attention": AttentionTerm(weight=0)}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "indexed": {"hidden": HiddenTerm(weight=1, aligner="indexed")},
+    "no attention": {"attention": AttentionTerm(weight=0)},
+}
 """Arm -> what its objective has in place of ours."""
 SHARES = {"indexed": "projections", "no attention": "attention loss"}
 """Arm -> what of our step it does without."""
@@ -151,13 +154,14 @@ def show(rows: list[dict[str, Any]]) -> None:
     references = [arm for arm in REFERENCES if arm in present]
     shares = {arm: title for arm, title in SHARES.items() if arm in present}
     ratios = [f"{arm} / ours" for arm in references]
-    table = Table("batch", "width", *(f"{a}, s" for a in (*references, "ours")), *ratios, *shares.values(), "utilisation")
+    times = [f"{arm}, s" for arm in (*references, "ours")]
+    table = Table("batch", "width", *times, *ratios, *shares.values(), "utilisation")
     for row in rows:
         seconds = [f"{row['seconds'][arm]:.3f}" for arm in (*references, "ours")]
-        times = [f"{row['ratios'][arm]:.2f}" for arm in references]
+        slower = [f"{row['ratios'][arm]:.2f}" for arm in references]
         saved = [f"{1 - row['ratios'][arm]:.1%}" for arm in shares]
         batch = f"{row['sequences']} x {row['length']}"
-        table.add_row(batch, f"{row['width']:g}", *seconds, *times, *saved, f"{row['utilisation']:.0%}")
+        table.add_row(batch, f"{row['width']:g}", *seconds, *slower, *saved, f"{row['utilisation']:.0%}")
     Console(width=120).print(table)
 
 

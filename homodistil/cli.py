@@ -45,6 +45,23 @@ class Pretrain(RunConfig, Launch):
     """Distil a student out of its teacher. Flags override the recipe; the defaults shown are those without one."""
 
 
+class PlanRun(RunConfig):
+    """Foretell memory, time and communication of a run on a cluster. Flags override the recipe."""
+
+    gpus: int = Field(default=8, ge=1)
+    """Ranks, eight to a machine."""
+    gpu: Literal["a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb"] = "a100-80gb"
+    """Kind of GPU."""
+    ds_config: Path = DS_CONFIGS / "zero2.json"
+    """DeepSpeed JSON of the student: ZeRO stage, precision, overlap."""
+    length: int | None = Field(default=None, ge=3)
+    """Tokens a sequence; by default those of data.shards, or 128 where there are none yet."""
+    network: float | None = Field(default=None, gt=0)
+    """Gbit/s of a machine's network cards together; by default those of a DGX."""
+    curve: Path | None = None
+    """Draw hours, and what an update is made of, from 1 to 1,024 GPUs to this PNG or SVG file."""
+
+
 class EvaluationData(Section):
     """What the model is measured on."""
 
@@ -94,6 +111,24 @@ def pretrain(arguments: Sequence[str]) -> None:
     from homodistil import train
 
     train.pretrain(run, student, teacher, launch.dry_run)
+
+
+def plan(arguments: Sequence[str]) -> None:
+    """Foretell a run's memory, hours and communication on so many GPUs."""
+    given = parse(PlanRun, "homodistil plan", arguments)
+    own = set(PlanRun.model_fields) - set(RunConfig.model_fields)
+    options = _checked(PlanRun, {name: given.pop(name) for name in own & given.keys()})
+    run = RunConfig.load(given.pop("recipe", "quickstart"), given)
+
+    from homodistil.ds_config import DeepSpeedConfig
+    from homodistil.forecast import show_plan
+    from homodistil.machines import gpu_machine
+    from homodistil.quiet import hush
+
+    hush()
+    ds_config = DeepSpeedConfig.load(options.ds_config)
+    machine = gpu_machine(options.gpu, options.network)
+    show_plan(ds_config.adopted_by(run), ds_config, machine, options.gpus, options.length, options.curve)
 
 
 def measure_weights(arguments: Sequence[str]) -> None:
@@ -164,6 +199,7 @@ def verify_shards(arguments: Sequence[str]) -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "pretrain": pretrain,
+    "plan": plan,
     "measure-weights": measure_weights,
     "evaluate": evaluate,
     "export": export,

@@ -38,7 +38,7 @@ def to_huggingface(checkpoint: Path, output: Path, teacher: str | None = None, s
     run = RunConfig.model_validate(manifest.run)
     run.teacher.path, run.data.shards = teacher or run.teacher.path, shards or run.data.shards
     index = ShardIndex.load(run.data.shards, check_files=False)
-    config = original_config(run, index)
+    config = original_config(run, index.vocab_size)
     blueprint = Blueprint(family_of(config), config, run, attention_implementation(run.performance.attention))
     found = {"tokenizer": index.tokenizer_sha256, "architecture": blueprint.architecture_sha256}
     for what, digest in found.items():

@@ -9,21 +9,19 @@ follows the code, whatever the shape, the objective and the switches are, and ta
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from homodistil.batch import Batch, Counts
+from homodistil.batch import Batch
 from homodistil.knowledge.teacher import FrozenModel
+from homodistil.models.attention import attention_implementation, register
 from homodistil.models.shape import Widths
-from homodistil.signals import Signals
 from homodistil.student import Blueprint, Student, as_tuple
 
 VIEWS = {"_unsafe_view", "_reshape_alias"}
@@ -55,18 +53,22 @@ class Cost:
         return self.products + self.batched + self.attention
 
 
-def micro_batch_cost(blueprint: Blueprint, widths: Widths, sequences: int, length: int, dtype: torch.dtype) -> Cost:
-    """Of a student of these widths beside the whole teacher, if the run has one, on full sequences."""
+def micro_batch_cost(
+    blueprint: Blueprint, widths: Widths, sequences: int, length: int, dtype: torch.dtype, maps: bool = False
+) -> Cost:
+    """Of a student of these widths beside the whole teacher, if the run has one, on full sequences. maps: attention
+    is written out."""
+    attention = attention_implementation("eager") if maps else register("homodistil_counted", _one_kernel)
+    blueprint = replace(blueprint, attention=attention)
     student = _on_meta(Student.unfilled(blueprint, blueprint.full_shape.first(widths)), dtype).train()
     rows = _full_batch(sequences, length, round(blueprint.run.data.mask_probability * length))
     teacher = None
     if blueprint.run.teacher.path is not None:
         model = Student.unfilled(blueprint, blueprint.full_shape).model
         teacher = _on_meta(FrozenModel(model, blueprint.family), dtype)
-    with FlopCounterMode(display=False) as products, _Counter() as counter, _FusedAttention():
-        knowledge = as_tuple(Signals(*teacher(*as_tuple(rows)))) if teacher else None  # type: ignore[arg-type]
-        counts = Counts(torch.ones(3, dtype=torch.float64, device="meta"))
-        total, _ = student(as_tuple(rows), knowledge, counts.vector)
+    with FlopCounterMode(display=False) as products, _Counter() as counter:
+        knowledge = teacher(*as_tuple(rows) or ()) if teacher else None
+        total, _ = student(as_tuple(rows), knowledge, torch.ones(3, dtype=torch.float64, device="meta"))
         total.backward()
     flops: dict[Any, int] = products.get_flop_counts()["Global"]
     batched = flops.get(torch.ops.aten.bmm, 0)
@@ -118,13 +120,12 @@ class _Counter(TorchDispatchMode):
         self._held -= count
 
 
-class _FusedAttention(TorchFunctionMode):
-    """SDPA in one piece, as on a real device; on the meta device it falls apart into maps."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
-        return func(*args, **(kwargs or {}))
+def _one_kernel(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
+) -> tuple[Tensor, None]:
+    """SDPA in one piece, as on a real device; on the meta device it would fall apart into maps."""
+    output = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+    return output.transpose(1, 2).contiguous(), None
 
 
 def _on_meta(module: Any, dtype: torch.dtype) -> Any:

@@ -1,34 +1,101 @@
-"""--dry_run: the ladder, shapes, parameters, memory per rank and the least time a run can take, before it runs."""
+"""Forecasts: --dry_run for this machine, `homodistil plan` for others; and what arithmetic an update is."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import matplotlib
 import torch
+from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
+from transformers import BertConfig, PretrainedConfig
 
-from homodistil.hardware import matrix_product_flops
+from homodistil.config import RunConfig
+from homodistil.data.shards import ShardIndex
+from homodistil.ds_config import DeepSpeedConfig
+from homodistil.errors import ModelError
+from homodistil.machines import GIB, Machine
+from homodistil.models import family_of
+from homodistil.models.attention import attention_implementation
 from homodistil.models.shape import Widths
-from homodistil.opening import Plan, is_sharded
+from homodistil.opening import Plan, original_config
+from homodistil.planning import Outlook, Planner, Update
+from homodistil.progress import progress_bar
+from homodistil.pruning.ladder import Ladder
 from homodistil.ranks import Ranks
-from homodistil.student import Student
+from homodistil.student import Blueprint, Student
 
-GIB = 1024**3
+WELL_KNOWN = {"google-bert/bert-base-uncased": BertConfig}
+"""Teachers whose widths are known without a network."""
+MOST_GPUS = 1024
+PARTS = tuple(part.name for part in fields(Update))
 
 
 def show_forecast(plan: Plan, ranks: Ranks) -> None:
-    """Print the forecast on rank 0. Collective."""
-    speed = matrix_product_flops(plan.dtype, ranks.device)
+    """Print on rank 0 what the run would be on these ranks, whose speed is measured. Collective."""
+    machine = Machine.here(ranks.device, plan.dtype)
     if ranks.is_first:
         console = Console()
-        console.print(_ladder_table(plan))
-        console.print(_memory_line(plan, ranks))
-        console.print(_time_line(plan, speed, ranks))
+        planner = Planner(
+            plan.blueprint,
+            plan.ladder,
+            plan.start.widths,
+            plan.index.sequence_length,
+            machine,
+            plan.ds_config,
+            plan.dtype,
+        )
+        _count(planner)
+        console.print(_ladder_table(planner))
+        _show_outlook(console, planner.outlook(ranks.world_size), machine)
     ranks.barrier()
 
 
-def parameters_of(plan: Plan, widths: Widths) -> int:
+def show_plan(
+    run: RunConfig,
+    ds_config: DeepSpeedConfig,
+    machine: Machine,
+    gpus: int,
+    length: int | None,
+    curve: Path | None,
+) -> None:
+    """Print what the run would be on other machines than this one. Raises `ConfigError`, `ShapeError`,
+    `ModelError`."""
+    found = run.data.shards / "index.json"
+    index = ShardIndex.load(run.data.shards, check_files=False) if found.is_file() else None
+    config = _config(run, index.vocab_size if index else BertConfig().vocab_size)
+    family = family_of(config)
+    blueprint = Blueprint(family, config, run, attention_implementation("sdpa"))  # whatever runs there can be counted
+    widths = blueprint.full_shape.widths
+    ladder = Ladder.plan(run.pruning, run.run.updates, widths)
+    tokens = length or (index.sequence_length if index else 128)
+    dtype = torch.bfloat16 if ds_config.values.get("bf16", {}).get("enabled", True) else torch.float32
+    planner = Planner(blueprint, ladder, widths, tokens, machine, ds_config, dtype)
+    _count(planner)
+    console, outlook = Console(), planner.outlook(gpus)
+    console.print(_ladder_table(planner))
+    console.print(f"{gpus} x {machine.name}, sequences of {tokens} tokens, ZeRO stage {ds_config.zero_stage}:")
+    _show_outlook(console, outlook, machine)
+    outlooks = planner.doubling(MOST_GPUS)
+    console.print(_scaling_table(outlooks))
+    bound = planner.bound_by_communication()
+    console.print(
+        f"A global batch of {run.data.global_batch:,} is communication-bound "
+        + (f"from {bound:,} GPUs on." if bound else "on no number of GPUs that it can be shared by.")
+        + f" {machine.name}'s speeds are a data sheet's, less what is usual: docs/scaling.md says how far off that is."
+    )
+    if curve:
+        _draw(outlooks, f"{run.recipe} on {machine.name}", curve)
+        console.print(f"drawn to {curve}")
+
+
+def parameters_of(blueprint: Blueprint, widths: Widths) -> int:
     """Parameters of the student's model at these widths."""
-    return _count(Student.unfilled(plan.blueprint, plan.blueprint.full_shape.first(widths)).model)
+    model = Student.unfilled(blueprint, blueprint.full_shape.first(widths)).model
+    return sum(p.numel() for p in model.parameters())
 
 
 def update_flops(plan: Plan, widths: Widths) -> float:
@@ -46,43 +113,77 @@ def update_flops(plan: Plan, widths: Widths) -> float:
     return tokens * (3 * per_token(widths) + teacher)
 
 
-def run_flops(plan: Plan) -> float:
-    """Arithmetic of the whole run, rung by rung."""
-    total, widths, since = 0.0, plan.start.widths, 0
-    for rung in plan.ladder.rungs:
-        total += (rung.update - since) * update_flops(plan, widths)
-        widths, since = rung.widths, rung.update
-    return total + (plan.run.run.updates - since) * update_flops(plan, widths)
+def _config(run: RunConfig, vocab_size: int) -> PretrainedConfig:
+    try:
+        return original_config(run, vocab_size)
+    except ModelError:
+        if run.teacher.path not in WELL_KNOWN:
+            raise
+        return WELL_KNOWN[run.teacher.path]()
 
 
-def _ladder_table(plan: Plan) -> Table:
-    table = Table("after update", "student", "parameters", title=f"{plan.run.recipe}: {plan.run.run.updates} updates")
-    table.add_row("0", str(plan.start.widths), f"{parameters_of(plan, plan.start.widths):,}")
-    for rung in plan.ladder.rungs:
-        table.add_row(str(rung.update), str(rung.widths), f"{parameters_of(plan, rung.widths):,}")
+def _count(planner: Planner) -> None:
+    with progress_bar("counting", len(planner.shapes()), "shape") as bar:
+        for widths in planner.shapes():
+            planner.update(widths)
+            bar.update()
+
+
+def _ladder_table(planner: Planner) -> Table:
+    run = planner.blueprint.run
+    table = Table("after update", "student", "parameters", title=f"{run.recipe}: {run.run.updates} updates")
+    for update, widths in zip((0, *(r.update for r in planner.ladder.rungs)), planner.shapes(), strict=True):
+        table.add_row(str(update), str(widths), f"{parameters_of(planner.blueprint, widths):,}")
     return table
 
 
-def _memory_line(plan: Plan, ranks: Ranks) -> str:
-    stage, world, width = plan.ds_config.zero_stage, ranks.world_size, plan.dtype.itemsize
-    student = parameters_of(plan, plan.start.widths)
-    weights = student * width / (world if stage == 3 else 1)
-    gradients = student * 4 / (world if stage >= 2 else 1)
-    optimizer = student * 12 / world
-    full = parameters_of(plan, plan.blueprint.full_shape.widths)
-    teacher = full * width / (world if is_sharded(plan.run, world) else 1) if plan.run.teacher.path else 0.0
-    parts = {"student weights": weights, "gradients": gradients, "masters and moments": optimizer, "teacher": teacher}
-    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-    return f"memory per rank before the first prune, GiB: {sum(parts.values()) / GIB:.2f} ({listed}) and activations"
-
-
-def _time_line(plan: Plan, speed: float, ranks: Ranks) -> str:
-    hours = run_flops(plan) / (speed * ranks.world_size) / 3600
-    return (
-        f"arithmetic {run_flops(plan):.3g} FLOP: {hours:.2f} hours on {ranks.world_size} rank(s) if all of it ran at "
-        f"this machine's matrix-product speed ({speed / 1e12:.2f} TFLOP/s a rank); expect two to three times that"
+def _show_outlook(console: Console, outlook: Outlook, machine: Machine) -> None:
+    held = sum(outlook.memory.values())
+    listed = ", ".join(f"{part} {size / GIB:.2f}" for part, size in outlook.memory.items())
+    warning = ": MORE THAN THERE IS" if held > machine.memory else ""
+    console.print(f"memory per rank before the first prune, GiB: {held / GIB:.2f} ({listed}){warning}")
+    parts = ", ".join(f"{part} {value:.3f}" for part, value in vars(outlook.update).items())
+    console.print(
+        f"an update: {outlook.accumulation} micro-batch(es) of {outlook.micro_batch} on each rank, "
+        f"{outlook.update.seconds:.3f} s ({parts})"
+    )
+    console.print(
+        f"the run: {outlook.flops:.3g} FLOP in {outlook.hours:.2f} hours on {outlook.ranks} rank(s), "
+        f"{outlook.hours * outlook.ranks:.1f} in all; validation, prunes and checkpoints not counted"
     )
 
 
-def _count(model: torch.nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+def _scaling_table(outlooks: Sequence[Outlook]) -> Table:
+    table = Table("GPUs", "micro-batches", "update, s", "hours", "GPU-hours", "GiB", "most of it", "communication")
+    for outlook in outlooks:
+        update = outlook.update
+        table.add_row(
+            str(outlook.ranks),
+            f"{outlook.accumulation} x {outlook.micro_batch}",
+            f"{update.seconds:.3f}",
+            f"{outlook.hours:.2f}",
+            f"{outlook.hours * outlook.ranks:.1f}",
+            f"{sum(outlook.memory.values()) / GIB:.1f}",
+            update.longest,
+            f"{update.communication / update.seconds:.0%}",
+        )
+    return table
+
+
+def _draw(outlooks: Sequence[Outlook], title: str, path: Path) -> None:
+    """Hours over GPUs, and what an update is made of."""
+    gpus = [outlook.ranks for outlook in outlooks]
+    shares = [[getattr(o.update, part) / o.update.seconds for o in outlooks] for part in PARTS]
+    with matplotlib.rc_context({"font.size": 9}):
+        figure, (hours, parts) = plt.subplots(2, sharex=True, figsize=(7, 6), layout="constrained")
+        hours.loglog(gpus, [outlook.hours for outlook in outlooks], marker="o", label="forecast")
+        hours.loglog(gpus, [outlooks[0].hours / count for count in gpus], linestyle=":", label="if it scaled perfectly")
+        hours.set(ylabel="hours", title=title)
+        hours.legend()
+        parts.stackplot(gpus, shares, labels=PARTS)
+        parts.set(xscale="log", xlabel="GPUs", ylabel="share of an update", xlim=(gpus[0], gpus[-1]), ylim=(0, 1))
+        parts.set_xticks(gpus, [str(count) for count in gpus])
+        parts.minorticks_off()
+        parts.legend(loc="lower left")
+        figure.savefig(path, dpi=120)
+        plt.close(figure)

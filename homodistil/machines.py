@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, log2
 
 import torch
@@ -64,10 +64,17 @@ class Machine:
         small = torch.ones(1, device=device, requires_grad=True)
         return cls(
             name="this machine",
-            products=48 * LAYERS * TOKENS * HIDDEN**2
+            products=48
+            * LAYERS
+            * TOKENS
+            * HIDDEN**2
             / _seconds(lambda: _gradient(layers(tokens), tokens, *layers.parameters())),
             batched=6 * 96 * 128 * 128 * 64 / _seconds(lambda: _gradient(query @ query.mT, query)),
-            attention=14 * 24 * 512 * 512 * 64
+            attention=14
+            * 24
+            * 512
+            * 512
+            * 64
             / _seconds(lambda: _gradient(F.scaled_dot_product_attention(head, head, head), head)),
             elementwise=2 * wide.nbytes / _seconds(lambda: F.gelu(wide)),
             bandwidth=3 * ARRAY_BYTES / _seconds(lambda: torch.add(one, other, out=both)),
@@ -124,6 +131,12 @@ GPUS = {
 }
 """Eight to a node. Data sheets: dense bf16 TFLOP/s, TB/s, GiB; then GB/s of NVLink in one direction, a little rounded
 down, and Gbit/s of a node's network cards together, as in a DGX. None of it was measured here."""
+
+
+def gpu_machine(name: str, gigabits: float | None = None) -> Machine:
+    """One of `GPUS`, on a network of so many Gbit/s a node."""
+    machine = GPUS[name]
+    return machine if gigabits is None else replace(machine, network=gigabits * 1e9 / 8)
 
 
 def _seconds(work: Callable[[], Tensor], least: float = 0.2) -> float:

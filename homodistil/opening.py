@@ -106,7 +106,7 @@ def plan_run(run: RunConfig, index: ShardIndex, ds_config: DeepSpeedConfig, worl
     _check_compile(run, ds_config, world_size)
     _check_destination(run)
     _check_tokenizer(run, index)
-    config = original_config(run, index)
+    config = original_config(run, index.vocab_size)
     _check_positions(run, config, index)
     _check_vocabulary(run, config, index)
     family = family_of(config)
@@ -219,12 +219,12 @@ def _first_model(plan: Plan) -> PreTrainedModel:
     return new_model(plan.family.stock_config(plan.blueprint.config, plan.start.widths), attention)
 
 
-def original_config(run: RunConfig, index: ShardIndex) -> PretrainedConfig:
+def original_config(run: RunConfig, vocab_size: int) -> PretrainedConfig:
     """Of the teacher, even if its recipe is still to make it, or of the model made from nothing."""
     if run.teacher.path is None:
-        return bert_config(run.student.config, index.vocab_size)
+        return bert_config(run.student.config, vocab_size)
     if run.teacher.recipe and not Path(run.teacher.path).exists():
-        return bert_config(RunConfig.load(run.teacher.recipe).student.config, index.vocab_size)
+        return bert_config(RunConfig.load(run.teacher.recipe).student.config, vocab_size)
     return load_config(run.teacher.path)
 
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 
 from homodistil.costs import Cost, micro_batch_cost
-from homodistil.ds_config import micro_batch_size
+from homodistil.ds_config import DeepSpeedConfig, micro_batch_size
 from homodistil.machines import Machine
+from homodistil.models.attention import is_written_out
 from homodistil.models.shape import Widths
 from homodistil.pruning.ladder import Ladder
 from homodistil.student import Blueprint
@@ -80,9 +81,8 @@ class Planner:
     start: Widths
     length: int
     machine: Machine
+    ds_config: DeepSpeedConfig
     dtype: torch.dtype
-    zero_stage: int
-    overlap: bool
     _counted: dict[Widths, tuple[Cost, Cost]] = field(default_factory=dict, repr=False, compare=False)
 
     def outlook(self, ranks: int) -> Outlook:
@@ -97,10 +97,8 @@ class Planner:
             flops += cost.flops * accumulation * ranks * count
             total = {name: seconds + count * getattr(update, name) for name, seconds in total.items()}
         mean = Update(**{name: seconds / updates for name, seconds in total.items()})
-        first = self._cost(self.start, size)
-        return Outlook(
-            ranks, size, accumulation, mean, mean.seconds * updates / 3600, flops, self._memory(first, ranks)
-        )
+        memory = self._memory(ranks, size)
+        return Outlook(ranks, size, accumulation, mean, mean.seconds * updates / 3600, flops, memory)
 
     def update(self, widths: Widths, ranks: int = 1) -> Update:
         """Of a student that is not being scored."""
@@ -108,19 +106,24 @@ class Planner:
         size = micro_batch_size(data.global_batch, data.micro_batch, ranks)
         return self._update(self._cost(widths, size), data.global_batch // (size * ranks), ranks, scored=False)
 
-    def bound_by_communication(self, most: int = 4096) -> int | None:
+    def doubling(self, most: int) -> list[Outlook]:
+        """On 1, 2, 4 ranks and so on, as long as they can share the global batch."""
+        batch = self.blueprint.run.data.global_batch
+        counts = [2**power for power in range(most.bit_length()) if 2**power <= most]
+        return [self.outlook(ranks) for ranks in counts if batch % ranks == 0]
+
+    def bound_by_communication(self) -> int | None:
         """The fewest ranks, doubling from 1, on which communication takes longer than all else together."""
-        ranks, batch = 1, self.blueprint.run.data.global_batch
-        while ranks <= min(most, batch) and batch % ranks == 0:
-            update = self.outlook(ranks).update
-            if update.communication > update.seconds / 2:
-                return ranks
-            ranks *= 2
-        return None
+        outlooks = self.doubling(self.blueprint.run.data.global_batch)
+        return next((o.ranks for o in outlooks if o.update.communication > o.update.seconds / 2), None)
 
     def shapes(self) -> list[Widths]:
         """Those that the student has on its way."""
         return [self.start, *(rung.widths for rung in self.ladder.rungs)]
+
+    @property
+    def _stage(self) -> int:
+        return self.ds_config.zero_stage
 
     def _stretches(self) -> Iterator[tuple[Widths, int, bool]]:
         """Widths, updates spent there, and whether more pruning is to come."""
@@ -129,29 +132,38 @@ class Planner:
             yield widths, end - (ends[index - 1] if index else 0), index + 1 < len(ends)
 
     def _cost(self, widths: Widths, size: int) -> Cost:
-        """From counts of one and of two sequences: all but the number of operations is a straight line."""
+        """From counts of one and of two sequences: work is a straight line in them, operations stay as they are."""
         if widths not in self._counted:
-            of = [micro_batch_cost(self.blueprint, widths, sequences, self.length, self.dtype) for sequences in (1, 2)]
-            self._counted[widths] = of[0], of[1]
+            self._counted[widths] = self._count(widths, 1), self._count(widths, 2)
         one, two = self._counted[widths]
 
         def at_size(name: str) -> float:
             first, second = getattr(one, name), getattr(two, name)
             return float(first + (size - 1) * (second - first))
 
-        straight = {name: at_size(name) for name in ("products", "batched", "attention", "traffic", "activations")}
-        return replace(one, **straight)
+        return replace(
+            one,
+            products=at_size("products"),
+            batched=at_size("batched"),
+            attention=at_size("attention"),
+            traffic=at_size("traffic"),
+        )
+
+    def _count(self, widths: Widths, size: int) -> Cost:
+        kernel = self.blueprint.run.performance.attention
+        maps = is_written_out(kernel, "cpu" if self.machine.waits else "cuda", self.length)
+        return micro_batch_cost(self.blueprint, widths, size, self.length, self.dtype, maps)
 
     def _update(self, cost: Cost, accumulation: int, ranks: int, scored: bool) -> Update:
         machine, weights, owned = self.machine, cost.parameters, cost.parameters / ranks
-        reductions = accumulation if self.zero_stage > 1 else 1  # stage 1 adds up first and reduces once
+        reductions = accumulation if self._stage > 1 else 1  # stage 1 adds up first and reduces once
         micro_batch = machine.seconds(cost)
         passes = weights * GRADIENT_BYTES * reductions + owned * STEP_BYTES
         reducing = reductions * machine.all_reduce(4 * weights, ranks)  # communication_data_type: fp32
-        if self.overlap:
+        if self.ds_config.values["zero_optimization"].get("overlap_comm", self._stage == 3):
             reducing = max(0.0, reducing - OVERLAPPED * accumulation * sum(micro_batch.values()))
         working = self.dtype.itemsize * weights
-        gathers = 2 * accumulation if self.zero_stage == 3 else 1
+        gathers = 2 * accumulation if self._stage == 3 else 1
         teacher = accumulation * machine.gather(self._sharded_teacher(cost, ranks), ranks)
         return Update(
             **{part: accumulation * seconds for part, seconds in micro_batch.items()},
@@ -160,12 +172,13 @@ class Planner:
             communication=reducing + gathers * machine.gather(working, ranks) + teacher,
         )
 
-    def _memory(self, cost: Cost, ranks: int) -> dict[str, float]:
+    def _memory(self, ranks: int, size: int) -> dict[str, float]:
+        cost = self._count(self.start, size)
         weights, width, share = cost.parameters, self.dtype.itemsize, 1 / ranks
         return {
-            "student": weights * width * (share if self.zero_stage == 3 else 1),
+            "student": weights * width * (share if self._stage == 3 else 1),
             "masters and moments": weights * 12 * share,
-            "gradients": weights * 4 * (share if self.zero_stage > 1 else 1),
+            "gradients": weights * 4 * (share if self._stage > 1 else 1),
             "teacher": self._sharded_teacher(cost, ranks) * share or cost.teacher_parameters * width,
             "activations": cost.activations,
         }

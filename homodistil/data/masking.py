@@ -47,8 +47,15 @@ class Masker:
         labels_BS = np.take_along_axis(ids_BT, positions_BS, axis=1)
         real_BT = (ids_BT != self.special_tokens.pad).astype(np.int64)
         ids_BT[row_N, column_N] = self._replace(ids_BT[row_N, column_N], hashes_BT[row_N, column_N])
-        arrays = ids_BT, real_BT, positions_BS, labels_BS, weights_BS, samples.astype(np.int64)
-        return Batch(*map(torch.from_numpy, arrays), padded=not real_BT.all())
+        return Batch(
+            input_ids=torch.from_numpy(ids_BT),
+            attention_mask=torch.from_numpy(real_BT),
+            scored_positions=torch.from_numpy(positions_BS),
+            labels=torch.from_numpy(labels_BS),
+            weights=torch.from_numpy(weights_BS),
+            samples=torch.from_numpy(samples.astype(np.int64)),
+            padded=not real_BT.all(),
+        )
 
     def _choose(self, ids_BT: NDArray[np.int64], hashes_BT: Hashes) -> Mask:
         """Per sequence, the words with the smallest hashes that fit its quota whole.

@@ -42,9 +42,7 @@ def gram(student: QueriesKeys, teacher: QueriesKeys, valid_BT: Tensor) -> Tensor
 
 class _Direct(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, query_s: Tensor, key_s: Tensor, query_t: Tensor, key_t: Tensor, valid_BT: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, query_s: Tensor, key_s: Tensor, query_t: Tensor, key_t: Tensor, valid_BT: Tensor) -> Tensor:
         left, right = difference_factors((query_s, key_s), (query_t, key_t), valid_BT)
         difference = left @ right.mT
         ctx.save_for_backward(query_s, key_s, difference)
@@ -61,9 +59,7 @@ class _Direct(torch.autograd.Function):
 
 class _Gram(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, query_s: Tensor, key_s: Tensor, query_t: Tensor, key_t: Tensor, valid_BT: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, query_s: Tensor, key_s: Tensor, query_t: Tensor, key_t: Tensor, valid_BT: Tensor) -> Tensor:
         left, right = difference_factors((query_s, key_s), (query_t, key_t), valid_BT)
         ctx.save_for_backward(query_s, key_s, left, right)
         return (at_least_fp32(left.mT @ left) * at_least_fp32(right.mT @ right)).sum()

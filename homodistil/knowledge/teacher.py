@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from homodistil.batch import Batch
@@ -35,6 +35,6 @@ class FrozenModel(nn.Module):
         self.family = family
 
     @torch.no_grad()
-    def forward(self, *batch: Tensor) -> tuple[object, ...]:
+    def forward(self, *batch: Any) -> tuple[object, ...]:
         signals = self.family.signals(self.model, Batch(*batch))
         return signals.hidden_states, signals.queries_keys, signals.attention_scale, signals.logits

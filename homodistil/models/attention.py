@@ -45,11 +45,21 @@ def attention_implementation(kernel: Kernel) -> str:
     A model built with that name returns in `attentions`, for `output_attentions=True`, one `(query, key)` per
     layer, each (B, A, T, d). Raises `ConfigError` where FlashAttention is asked for and cannot run.
     """
-    name = _NAMES[kernel]
-    AttentionInterface.register(name, _returning_queries_and_keys(_kernel_function(kernel)))
     mask = ALL_MASK_ATTENTION_FUNCTIONS[kernel] if kernel == "flash_attention_2" else _key_mask
-    AttentionMaskInterface.register(name, mask)  # without one, padding is attended to
+    return register(_NAMES[kernel], _kernel_function(kernel), mask)
+
+
+def register(name: str, kernel: Attention, mask: Callable[..., Tensor | None] | None = None) -> str:
+    """Make `kernel` an `attn_implementation` that hands out queries and keys; returns its name."""
+    AttentionInterface.register(name, _returning_queries_and_keys(kernel))
+    AttentionMaskInterface.register(name, mask or _key_mask)  # without one, padding is attended to
     return name
+
+
+def is_written_out(kernel: Kernel, device_type: str, tokens: int) -> bool:
+    """Whether `kernel` makes maps of so many tokens: `eager`, and `auto` for short sequences on CPUs, where SDPA's
+    backward alone takes longer than all of the plain one."""
+    return kernel == "eager" or (kernel == "auto" and device_type == "cpu" and tokens <= SHORT)
 
 
 def _key_mask(*, attention_mask: Tensor | None, **_: Any) -> Tensor | None:
@@ -66,9 +76,8 @@ def _kernel_function(kernel: Kernel) -> Attention:
 
 
 def _by_shape(module: nn.Module, query: Tensor, *arguments: Any, **settings: Any) -> tuple[Tensor, Any]:
-    """SDPA, but for short sequences on CPUs, where its backward alone takes longer than all of the plain one."""
-    short = query.device.type == "cpu" and query.shape[2] <= SHORT
-    return _kernel_function("eager" if short else "sdpa")(module, query, *arguments, **settings)
+    written_out = is_written_out("auto", query.device.type, query.shape[2])
+    return _kernel_function("eager" if written_out else "sdpa")(module, query, *arguments, **settings)
 
 
 def _returning_queries_and_keys(attention: Attention) -> Attention:

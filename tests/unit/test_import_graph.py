@@ -19,7 +19,7 @@ LAYERS = (
     {"ranks", "state", "fragments", "zero", "progress", "metrics", "watchdog", "preemption", "claim"},
     {"models", "kernels"},
     {"knowledge", "objective", "pruning", "data"},
-    {"student", "engine", "manifest", "resume", "checkpoint", "health"},
+    {"student", "costs", "machines", "planning", "engine", "manifest", "resume", "checkpoint", "health"},
     {"opening", "closing", "forecast", "weights", "evaluation", "export", "convert", "report", "train"},
     {"cli"},
 )
