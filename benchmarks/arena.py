@@ -13,16 +13,20 @@ from homodistil.batch import Batch
 from homodistil.config import RunConfig
 from homodistil.ds_config import DeepSpeedConfig
 from homodistil.engine import StudentEngine, TeacherEngine
+from homodistil.machines import Machine
 from homodistil.models import family_of
 from homodistil.models.attention import attention_implementation
 from homodistil.models.groups import kept_positions
 from homodistil.models.loading import new_model
 from homodistil.models.shape import StudentShape, Widths
+from homodistil.planning import Planner
+from homodistil.pruning.ladder import Ladder
 from homodistil.pruning.surgery import narrow
 from homodistil.ranks import Ranks
 from homodistil.student import Blueprint
 
-ZERO2 = Path(__file__).parents[1] / "ds_configs" / "zero2.json"
+DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
+ZERO2 = DS_CONFIGS / "zero2.json"
 WEIGHTS = {"mlm": 1.0, "kl": 1.0, "hidden": 1.0, "attention": 1.0}
 BASE = Widths(hidden=768, ffn=3072, heads=12, head_width=64)
 RATE = 1e-5
@@ -63,17 +67,30 @@ def run_config(sequences: int, **sections: Any) -> RunConfig:
 
 
 def engines(
-    run: RunConfig, teacher: BertForMaskedLM, student: BertForMaskedLM, shape: StudentShape | None, ranks: Ranks
+    run: RunConfig,
+    teacher: BertForMaskedLM,
+    student: BertForMaskedLM,
+    shape: StudentShape | None,
+    ranks: Ranks,
+    ds_config: Path = ZERO2,
 ) -> tuple[StudentEngine, TeacherEngine]:
-    """bf16: a ZeRO-2 student over a copy of `student`, of `shape` or whole, beside a replicated teacher. Collective."""
+    """bf16: a student over a copy of `student`, of `shape` or whole, beside a replicated teacher. Collective."""
     config = teacher.config
     plan = Blueprint(family_of(config), config, run, attention_implementation(run.performance.attention))
-    settings = DeepSpeedConfig.load(ZERO2).resolved(run, ranks.world_size)
+    settings = DeepSpeedConfig.load(ds_config).resolved(run, ranks.world_size)
     settings["bf16"] = {"enabled": True}
     shape = shape or plan.full_shape
     engine = StudentEngine.build(plan, settings, ranks, model=copy.deepcopy(student).train(), shape=shape)
     compiled = run.performance.compile
     return engine, TeacherEngine(copy.deepcopy(teacher).bfloat16(), plan.family, ranks, None, compiled)
+
+
+def planner(run: RunConfig, layers: int, length: int, ladder: Ladder, ranks: Ranks, ds_config: Path = ZERO2) -> Planner:
+    """What would foretell these arms' times, on this machine as it is now."""
+    config = BertConfig(num_hidden_layers=layers, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    plan = Blueprint(family_of(config), config, run, attention_implementation(run.performance.attention))
+    machine = Machine.here(ranks.device, torch.bfloat16)
+    return Planner(plan, ladder, BASE, length, machine, DeepSpeedConfig.load(ds_config), torch.bfloat16)
 
 
 def random_batch(sequences: int, length: int, seed: int = 0) -> Batch:

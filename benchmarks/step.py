@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.arena import BASE, RATE, WEIGHTS, bert, cut, engines, random_batch, run_config, share_of
+from benchmarks.arena import BASE, RATE, WEIGHTS, bert, cut, engines, planner, random_batch, run_config, share_of
 from benchmarks.interleaved import interleave, leave
 from benchmarks.reference import Reference
 from homodistil.batch import Batch
@@ -29,6 +29,7 @@ from homodistil.hardware import give_back_freed_memory, keep_freed_memory, matri
 from homodistil.knowledge.aligners import ProjectionAligner
 from homodistil.knowledge.teacher import Teacher
 from homodistil.models.shape import HIDDEN, StudentShape, heads
+from homodistil.pruning.ladder import Ladder
 from homodistil.ranks import Ranks
 
 TOLERANCE = 0.02
@@ -77,6 +78,8 @@ def measure(options: argparse.Namespace, length: int, width: float, ranks: Ranks
     seconds = {name: timings.median(name) for name in arms}
     arms.clear()
     gc.collect()
+    run = run_config(len(batch), performance={"compile": options.compile})
+    forecast = planner(run, options.layers, length, Ladder(()), ranks).update(share_of(width))
     return {
         "length": length,
         "sequences": len(batch),
@@ -86,6 +89,8 @@ def measure(options: argparse.Namespace, length: int, width: float, ranks: Ranks
         "useful FLOP": flops,
         "matrix product FLOP/s": peak,
         "utilisation": flops / seconds["ours"] / peak,
+        "forecast": forecast.seconds,
+        "forecast parts": vars(forecast),
     }
 
 
@@ -155,13 +160,15 @@ def show(rows: list[dict[str, Any]]) -> None:
     shares = {arm: title for arm, title in SHARES.items() if arm in present}
     ratios = [f"{arm} / ours" for arm in references]
     times = [f"{arm}, s" for arm in (*references, "ours")]
-    table = Table("batch", "width", *times, *ratios, *shares.values(), "utilisation")
+    table = Table("batch", "width", *times, *ratios, *shares.values(), "utilisation", "forecast, s")
     for row in rows:
         seconds = [f"{row['seconds'][arm]:.3f}" for arm in (*references, "ours")]
         slower = [f"{row['ratios'][arm]:.2f}" for arm in references]
         saved = [f"{1 - row['ratios'][arm]:.1%}" for arm in shares]
         batch = f"{row['sequences']} x {row['length']}"
-        table.add_row(batch, f"{row['width']:g}", *seconds, *slower, *saved, f"{row['utilisation']:.0%}")
+        table.add_row(
+            batch, f"{row['width']:g}", *seconds, *slower, *saved, f"{row['utilisation']:.0%}", f"{row['forecast']:.3f}"
+        )
     Console(width=120).print(table)
 
 

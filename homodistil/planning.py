@@ -97,7 +97,7 @@ class Planner:
             flops += cost.flops * accumulation * ranks * count
             total = {name: seconds + count * getattr(update, name) for name, seconds in total.items()}
         mean = Update(**{name: seconds / updates for name, seconds in total.items()})
-        memory = self._memory(ranks, size)
+        memory = self.memory(self.start, ranks)
         return Outlook(ranks, size, accumulation, mean, mean.seconds * updates / 3600, flops, memory)
 
     def update(self, widths: Widths, ranks: int = 1) -> Update:
@@ -172,8 +172,10 @@ class Planner:
             communication=reducing + gathers * machine.gather(working, ranks) + teacher,
         )
 
-    def _memory(self, ranks: int, size: int) -> dict[str, float]:
-        cost = self._count(self.start, size)
+    def memory(self, widths: Widths, ranks: int) -> dict[str, float]:
+        """Part -> bytes that each rank holds while it trains a student of these widths."""
+        data = self.blueprint.run.data
+        cost = self._count(widths, micro_batch_size(data.global_batch, data.micro_batch, ranks))
         weights, width, share = cost.parameters, self.dtype.itemsize, 1 / ranks
         return {
             "student": weights * width * (share if self._stage == 3 else 1),

@@ -40,7 +40,7 @@ def settings(stage: int, world_size: int, fused: bool = False) -> dict[str, Any]
     """Buckets far smaller than the model, so that gradients are reduced in many pieces."""
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 5000, "overlap_comm": False}
     zero3 = {"stage3_param_persistence_threshold": 200, "memory_efficient_linear": False}
-    zero |= zero3 if stage == 3 else {"allgather_bucket_size": 5000}
+    zero |= zero3 if stage == 3 else {"allgather_bucket_size": 5000, "reduce_scatter": False}
     return {
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": GLOBAL_BATCH // ACCUMULATION // world_size,

@@ -39,11 +39,11 @@ def planner(stage: int = 2, machine: Machine = ROUND, rungs: Ladder | None = Non
 
 
 def test_an_update_on_one_rank_is_the_sum_of_its_work_over_the_machines_speeds() -> None:
-    cost = micro_batch_cost(planner().blueprint, FULL, 4, LENGTH, torch.float32, maps=True)  # as on short CPU sequences
+    cost = micro_batch_cost(planner().blueprint, FULL, 4, LENGTH, torch.float32, maps=True)
     update = planner().update(FULL)
     arithmetic = cost.products / 1e9 + cost.batched / 5e8 + cost.attention / 2e8
     assert update.arithmetic == pytest.approx(8 * arithmetic)
-    assert update.elementwise == pytest.approx(8 * cost.traffic / 1e9, rel=0.02)
+    assert update.elementwise == pytest.approx(8 * cost.traffic / 1e9, rel=0.05)  # the vocabulary goes in chunks
     assert update.optimizer == pytest.approx(cost.parameters * (8 * GRADIENT_BYTES + STEP_BYTES) / 2e9)
     assert (update.starting, update.scoring, update.communication) == (0, 0, 0)
 
