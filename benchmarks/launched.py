@@ -1,4 +1,4 @@
-"""Runs a benchmark's worker on so many ranks of this machine, each time in fresh processes, and reads what it says."""
+"""Runs a benchmark's worker on so many ranks of this machine, each time in fresh processes that share its cores, and reads what it says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 def on_ranks(module: str, count: int, *arguments: str) -> Any:
     """What rank 0 of `module --worker` printed last, as JSON. Raises `RuntimeError` with what it said if it failed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", module]
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    threads = max(1, len(os.sched_getaffinity(0)) // count)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
         [*command, "--worker", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )

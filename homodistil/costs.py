@@ -46,6 +46,8 @@ class Cost:
     """Bytes alive at once at the peak, besides weights and what the optimizer holds."""
     parameters: int
     """Trained ones, aligners included."""
+    largest: int
+    """Elements of the largest trainable parameter."""
     teacher_parameters: int
 
     @property
@@ -70,6 +72,7 @@ def micro_batch_cost(
         knowledge = teacher(*as_tuple(rows) or ()) if teacher else None
         total, _ = student(as_tuple(rows), knowledge, torch.ones(3, dtype=torch.float64, device="meta"))
         total.backward()
+    trained = [p.numel() for p in student.parameters() if p.requires_grad]
     flops: dict[Any, int] = products.get_flop_counts()["Global"]
     batched = flops.get(torch.ops.aten.bmm, 0)
     dense = sum(flops.get(packet, 0) for packet in (torch.ops.aten.mm, torch.ops.aten.addmm))
@@ -80,7 +83,8 @@ def micro_batch_cost(
         traffic=counter.traffic,
         operations=counter.operations,
         activations=counter.peak,
-        parameters=sum(p.numel() for p in student.parameters() if p.requires_grad),
+        parameters=sum(trained),
+        largest=max(trained),
         teacher_parameters=sum(p.numel() for p in teacher.parameters()) if teacher else 0,
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 
@@ -25,6 +26,8 @@ STEP_BYTES = 50
 """Per owned weight: zeroing, norm, clipping, AdamW in fp32, the copy in bf16."""
 SCORING_BYTES = 40
 """Per owned weight and update: |w g|, its check, its sums over rows and columns."""
+DEEPSPEED_BUCKET = 500_000_000
+"""Elements of a bucket where the JSON does not say."""
 OVERLAPPED = 2 / 3
 """Share of a micro-batch's time that is backward, beside which gradients can travel with `overlap_comm`."""
 
@@ -125,6 +128,10 @@ class Planner:
     def _stage(self) -> int:
         return self.ds_config.zero_stage
 
+    @property
+    def _zero(self) -> dict[str, Any]:
+        return dict(self.ds_config.values["zero_optimization"])
+
     def _stretches(self) -> Iterator[tuple[Widths, int, bool]]:
         """Widths, updates spent there, and whether more pruning is to come."""
         ends = [*(rung.update for rung in self.ladder.rungs), self.blueprint.run.run.updates]
@@ -160,7 +167,7 @@ class Planner:
         micro_batch = machine.seconds(cost)
         passes = weights * GRADIENT_BYTES * reductions + owned * STEP_BYTES
         reducing = reductions * machine.all_reduce(4 * weights, ranks)  # communication_data_type: fp32
-        if self.ds_config.values["zero_optimization"].get("overlap_comm", self._stage == 3):
+        if self._zero.get("overlap_comm", self._stage == 3):
             reducing = max(0.0, reducing - OVERLAPPED * accumulation * sum(micro_batch.values()))
         working = self.dtype.itemsize * weights
         gathers = 2 * accumulation if self._stage == 3 else 1
@@ -177,10 +184,12 @@ class Planner:
         data = self.blueprint.run.data
         cost = self._count(widths, micro_batch_size(data.global_batch, data.micro_batch, ranks))
         weights, width, share = cost.parameters, self.dtype.itemsize, 1 / ranks
+        bucket = self._zero.get("reduce_bucket_size", DEEPSPEED_BUCKET)
         return {
             "student": weights * width * (share if self._stage == 3 else 1),
             "masters and moments": weights * 12 * share,
             "gradients": weights * 4 * (share if self._stage > 1 else 1),
+            "buckets": bucket * width + 4 * max(bucket, cost.largest),  # filled in bf16, sent in fp32
             "teacher": self._sharded_teacher(cost, ranks) * share or cost.teacher_parameters * width,
             "activations": cost.activations,
         }
