@@ -1,4 +1,4 @@
-"""Runs a benchmark's worker on so many ranks of this machine, each time in fresh processes that share its cores, and reads what it says."""
+"""Runs a benchmark's worker on some ranks of this machine, in fresh processes, and reads what it says."""
 
 from __future__ import annotations
 

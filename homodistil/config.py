@@ -269,6 +269,8 @@ class PerformanceConfig(Section):
     """Attention kernel; `auto` is torch's SDPA, or, for short sequences on CPUs, attention written out."""
     activation_checkpointing: bool = False
     """Recompute the student's layers in backward: less memory, about a third more arithmetic."""
+    teacher_ahead: bool = False
+    """Start the teacher on the next micro-batch beside the student's backward pass (GPUs); holds both in memory."""
     compile: bool = False
     """torch.compile the student's and teacher's encoder (ZeRO 1 or 2, replicated teacher)."""
     fused_vocabulary: bool = True

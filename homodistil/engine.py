@@ -17,6 +17,7 @@ from homodistil.batch import Batch
 from homodistil.errors import Stopped
 from homodistil.hardware import keep_freed_memory
 from homodistil.kernels.compiling import compile_encoder
+from homodistil.knowledge.ahead import Ahead
 from homodistil.knowledge.teacher import FrozenModel, Teacher
 from homodistil.models.base import ModelFamily
 from homodistil.models.groups import kept_positions
@@ -105,10 +106,12 @@ class StudentEngine:
         counts = self._ranks.sum(batch.counts().vector.to(self._ranks.device))
         sums: dict[str, Tensor] = {}
         micro_batches = list(batch.micro_batches(self._settings["train_micro_batch_size_per_gpu"]))
+        source = Ahead(teacher, self._ranks.device, self._blueprint.run.performance.teacher_ahead)
         for index, micro_batch in enumerate(micro_batches, start=1):
             rows = micro_batch.to(self._ranks.device)
-            knowledge = teacher.knowledge(rows) if teacher else None
-            total, parts = self._engine(as_tuple(rows), as_tuple(knowledge), counts)
+            total, parts = self._engine(as_tuple(rows), as_tuple(source.knowledge(rows)), counts)
+            if index < len(micro_batches):
+                source.begin(micro_batches[index])
             # The losses are shares of the global sum already, but ZeRO averages over ranks: undo that.
             self._engine.backward(total * self._ranks.world_size, scale_wrt_gas=False)
             if index < len(micro_batches):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from homodistil.kernels.precision import at_least_fp32, without_autocast
+from homodistil.kernels.squares import sum_of_squares
 
 QueriesKeys = tuple[Tensor, Tensor]
 """Queries and keys of one layer: (B, A, T, head width) each."""
@@ -46,7 +47,7 @@ class _Direct(torch.autograd.Function):
         left, right = difference_factors((query_s, key_s), (query_t, key_t), valid_BT)
         difference = left @ right.mT
         ctx.save_for_backward(query_s, key_s, difference)
-        return at_least_fp32(difference).square().sum()
+        return sum_of_squares(difference).sum()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

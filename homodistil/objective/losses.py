@@ -1,6 +1,6 @@
 """The objective's terms as pure functions, each a sum over its elements: the caller divides by a count.
 
-Low-precision inputs are computed in fp32, fp64 stays fp64. Nothing here knows a weight, a shape or a configuration.
+Low-precision inputs are added up in fp32, fp64 stays fp64. Nothing here knows a weight, a shape or a configuration.
 """
 
 # B sequences, S scored slots, V vocabulary, T tokens, D compared dimensions, A heads
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from homodistil.kernels.gram_attention import QueriesKeys, ScoreDifference
 from homodistil.kernels.precision import at_least_fp32, without_autocast
+from homodistil.kernels.squares import squared_error
 
 
 def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, weights_BS: Tensor) -> Tensor:
@@ -37,8 +38,7 @@ def divergence(student_log_p_BSV: Tensor, teacher_log_p_BSV: Tensor, weights_BS:
 
 def hidden_difference(student_BTD: Tensor, teacher_BTD: Tensor, valid_BT: Tensor) -> Tensor:
     """Sum over tokens, padding left out, of the squared difference averaged over dimensions."""
-    difference = F.mse_loss(at_least_fp32(student_BTD), at_least_fp32(teacher_BTD), reduction="none")
-    return (difference.mean(dim=-1) * valid_BT).sum()
+    return (squared_error(student_BTD, teacher_BTD) * valid_BT).sum() / student_BTD.shape[-1]
 
 
 def score_difference(

@@ -60,6 +60,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "gram": {"gram_attention": "on"},
     "fused_vocabulary": {"fused_vocabulary": True},
     "activation_checkpointing": {"activation_checkpointing": True},
+    "teacher_ahead": {"teacher_ahead": True},
 }
 EVERYTHING = {name: value for switch in SWITCHES.values() for name, value in switch.items()}
 
