@@ -85,11 +85,13 @@ def engines(
     return engine, TeacherEngine(copy.deepcopy(teacher).bfloat16(), plan.family, ranks, None, compiled)
 
 
-def planner(run: RunConfig, layers: int, length: int, ladder: Ladder, ranks: Ranks, ds_config: Path = ZERO2) -> Planner:
+def planner(
+    run: RunConfig, layers: int, length: int, ladder: Ladder, device: torch.device, ds_config: Path = ZERO2
+) -> Planner:
     """What would foretell these arms' times, on this machine as it is now."""
     config = BertConfig(num_hidden_layers=layers, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     plan = Blueprint(family_of(config), config, run, attention_implementation(run.performance.attention))
-    machine = Machine.here(ranks.device, torch.bfloat16)
+    machine = Machine.here(device, torch.bfloat16)
     return Planner(plan, ladder, BASE, length, machine, DeepSpeedConfig.load(ds_config), torch.bfloat16)
 
 

@@ -37,21 +37,15 @@ class Timings:
         return median(a / b for a, b in zip(self.seconds[arm], self.seconds[base], strict=True))
 
 
-def interleave(
-    arms: Mapping[str, Callable[[], Any]],
-    rounds: int,
-    what: str = "measuring",
-    enter: Callable[[str], None] = lambda arm: None,
-) -> Timings:
+def interleave(arms: Mapping[str, Callable[[], Any]], rounds: int, what: str = "measuring") -> Timings:
     """Time every arm once a round, in an order that turns, after one round that doesn't count.
 
-    Each arm's turn begins with `enter(arm)` and a call that isn't timed: caches and memory are then its own.
+    Each arm's turn begins with a call that isn't timed: the caches are then its own.
     """
     timings, names = Timings({name: [] for name in arms}), list(arms)
     with progress_bar(what, 1 + rounds, "round") as bar:
         for turn in range(1 + rounds):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                enter(name)
                 arms[name]()
                 _wait()
                 started = time.perf_counter()

@@ -83,7 +83,7 @@ def work(options: argparse.Namespace) -> None:
             student.update(RATE)
         peak = peak_since(ranks) - before
         student.close()
-        forecaster = planner(run, options.layers, 128, Ladder(()), ranks, ds_config)
+        forecaster = planner(run, options.layers, 128, Ladder(()), ranks.device, ds_config)
         foretold = forecaster.memory(share_of(options.width), ranks.world_size)
         if ranks.is_first:
             parts = {name: size / MIB for name, size in foretold.items()}

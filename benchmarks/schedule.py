@@ -78,7 +78,7 @@ def measure(options: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
                 prunes += _since(pruning_started)
             seconds["shrinking"] += _since(started)
             bar.update()
-    foretold = planner(run, options.layers, 128, ladder, ranks)
+    foretold = planner(run, options.layers, 128, ladder, ranks.device)
     steady = replace(foretold, ladder=Ladder(()))
     outlooks = {"never shrunk": steady.outlook(ranks.world_size), "shrinking": foretold.outlook(ranks.world_size)}
     return {

@@ -3,16 +3,15 @@
 All four terms, bf16, the same batch, aligner, scored positions and start in every arm; losses of the first update are
 compared before anything is timed. `ours` is the real thing: a ZeRO-2 student engine beside a replicated teacher.
 Two more arms are other objectives: `indexed` is ours without learned projections, `no attention` without that loss,
-which is how its share is measured. R and R+ run with the C library's own way with freed memory, as in a process of
-their own; with --kept they profit from ours (hardware.keep_freed_memory) as well.
+which is how its share is measured. Each arm has a process of its own, and they take turns (turns.py). On CPUs ours
+keeps freed memory (hardware.keep_freed_memory), one of its forms; with --kept R and R+ do so as well.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -22,19 +21,17 @@ from rich.table import Table
 from benchmarks.arena import BASE, RATE, WEIGHTS, bert, cut, engines, planner, random_batch, run_config, share_of
 from benchmarks.interleaved import interleave, leave
 from benchmarks.reference import Reference
+from benchmarks.turns import Step, Turns
 from homodistil.batch import Batch
 from homodistil.config import AttentionTerm, HiddenTerm
-from homodistil.engine import StudentEngine, started_ranks
-from homodistil.hardware import give_back_freed_memory, keep_freed_memory, matrix_product_flops
+from homodistil.engine import started_ranks
+from homodistil.hardware import keep_freed_memory, matrix_product_flops
 from homodistil.knowledge.aligners import ProjectionAligner
-from homodistil.knowledge.teacher import Teacher
 from homodistil.models.shape import HIDDEN, StudentShape, heads
 from homodistil.pruning.ladder import Ladder
-from homodistil.ranks import Ranks
 
 TOLERANCE = 0.02
 """Relative, of losses in bf16: ours rounds the weights as well, the references activations only."""
-Step = Callable[[Batch], list[float]]
 REFERENCES = ("R", "R+")
 VARIANTS: dict[str, dict[str, Any]] = {
     "indexed": {"hidden": HiddenTerm(weight=1, aligner="indexed")},
@@ -57,32 +54,35 @@ def main() -> None:
     parser.add_argument("--kept", action="store_true", help="freed memory is kept in R and R+ as well")
     parser.add_argument("--compile", action="store_true", help="ours with performance.compile")
     options = parser.parse_args()
-    with started_ranks() as ranks:
-        rows = [measure(options, length, width, ranks) for length in options.lengths for width in options.widths]
+    rows = [measure(options, length, width) for length in options.lengths for width in options.widths]
     show(rows)
     print(f"written to {leave('step-kept' if options.kept else 'step', rows)}")
 
 
-def measure(options: argparse.Namespace, length: int, width: float, ranks: Ranks) -> dict[str, Any]:
+def measure(options: argparse.Namespace, length: int, width: float) -> dict[str, Any]:
     """Agreement, then time, of all arms at one length and one width."""
-    batch = random_batch(options.tokens // length, length)
-    arms = build(options, len(batch), width, ranks)
-    first = {name: step(batch) for name, step in arms.items()}
-    for name in set(REFERENCES) & set(arms):
-        # Under a mask LayerNorm still averages over the lost units: below width 1, R is another function.
-        if name != "R" or width == 1:
-            assert_close(name, first[name], first["ours"])
-    steps = {name: partial(step, batch) for name, step in arms.items()}
-    timings = interleave(steps, options.rounds, enter=partial(keep_or_give_back, options.kept))
-    peak, flops = matrix_product_flops(torch.bfloat16, ranks.device), useful_flops(options.layers, width, batch)
+    names = [name for name in (*REFERENCES, "ours", *VARIANTS) if name not in options.without]
+    with ExitStack() as exits:
+        arms = {
+            n: exits.enter_context(Turns(reference if n in REFERENCES else ours, options, n, length, width))
+            for n in names
+        }
+        first = {name: arm() for name, arm in arms.items()}
+        for name in set(REFERENCES) & set(arms):
+            # Under a mask LayerNorm still averages over the lost units: below width 1, R is another function.
+            if name != "R" or width == 1:
+                assert_close(name, first[name], first["ours"])
+        timings = interleave(arms, options.rounds)
+    keep_freed_memory()  # for the looks at this machine below
+    sequences, device = options.tokens // length, this_device()
+    run = run_config(sequences, performance={"compile": options.compile})
+    forecast = planner(run, options.layers, length, Ladder(()), device).update(share_of(width))
+    peak = matrix_product_flops(torch.bfloat16, device)
+    flops = useful_flops(options.layers, width, random_batch(sequences, length))
     seconds = {name: timings.median(name) for name in arms}
-    arms.clear()
-    gc.collect()
-    run = run_config(len(batch), performance={"compile": options.compile})
-    forecast = planner(run, options.layers, length, Ladder(()), ranks).update(share_of(width))
     return {
         "length": length,
-        "sequences": len(batch),
+        "sequences": sequences,
         "width": width,
         "seconds": seconds,
         "ratios": {name: timings.ratio(name, "ours") for name in seconds if name != "ours"},
@@ -94,44 +94,56 @@ def measure(options: argparse.Namespace, length: int, width: float, ranks: Ranks
     }
 
 
-def build(options: argparse.Namespace, sequences: int, width: float, ranks: Ranks) -> dict[str, Step]:
-    """Arm -> a function that takes a batch through one update and returns its four losses."""
-    layers = options.layers
-    teacher, other = (bert(layers, seed, ranks.device) for seed in (0, 1))  # a student that has moved far
-    shape = StudentShape.full(layers, BASE).first(share_of(width))
-    student = cut(other, shape)
-    arms: dict[str, Step] = {}
-    if "R" not in options.without:
+@contextmanager
+def reference(options: argparse.Namespace, name: str, length: int, width: float) -> Iterator[Step]:
+    """R or R+, as a script of its own would run it."""
+    if options.kept:
+        keep_freed_memory()
+    teacher, other, shape = models(options.layers, width, this_device())
+    layers = range(options.layers)
+    if name == "R":
         masks = {} if width == 1 else {name: torch.ones_like(p) for name, p in other.named_parameters()}
-        whole, every_head = projections(layers, range(BASE.hidden)), [range(BASE.heads)] * layers
-        arms["R"] = Reference(teacher, other, whole, every_head, WEIGHTS, RATE, plus=False, masks=masks).step
-    if "R+" not in options.without:
-        kept, narrowed = [shape.kept[heads(layer)] for layer in range(layers)], projections(layers, shape.kept[HIDDEN])
-        arms["R+"] = Reference(teacher, student, narrowed, kept, WEIGHTS, RATE, plus=True).step
-    for name in ("ours", *VARIANTS):
-        if name not in options.without:
-            run = run_config(sequences, performance={"compile": options.compile})
-            run.objective = run.objective.model_copy(update=VARIANTS.get(name, {}))
-            arms[name] = partial(ours, *engines(run, teacher, student, shape, ranks))
-    return arms
+        student, kept = other, tuple(range(BASE.hidden))
+        every = [tuple(range(BASE.heads))] * options.layers
+    else:
+        masks, student = {}, cut(other, shape)
+        every, kept = [shape.kept[heads(layer)] for layer in layers], shape.kept[HIDDEN]
+    aligners = projections(options.layers, kept)
+    arm = Reference(teacher, student, aligners, every, WEIGHTS, RATE, plus=name == "R+", masks=masks)
+    batch = random_batch(options.tokens // length, length)
+    yield lambda: arm.step(batch)
+
+
+@contextmanager
+def ours(options: argparse.Namespace, name: str, length: int, width: float) -> Iterator[Step]:
+    """An update of real engines."""
+    with started_ranks() as ranks:
+        teacher, other, shape = models(options.layers, width, ranks.device)
+        batch = random_batch(options.tokens // length, length)
+        run = run_config(len(batch), performance={"compile": options.compile})
+        run.objective = run.objective.model_copy(update=VARIANTS.get(name, {}))
+        student, frozen = engines(run, teacher, cut(other, shape), shape, ranks)
+
+        def step() -> list[float]:
+            losses = student.accumulate(batch, frozen)
+            student.update(RATE)
+            return [losses[term].item() for term in WEIGHTS if term in losses]
+
+        yield step
+
+
+def this_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def models(layers: int, width: float, device: torch.device) -> tuple[Any, Any, StudentShape]:
+    """Teacher, a student that has moved far from it, still whole, and the shape it is cut to."""
+    teacher, other = (bert(layers, seed, device) for seed in (0, 1))
+    return teacher, other, StudentShape.full(layers, BASE).first(share_of(width))
 
 
 def projections(layers: int, kept: range | tuple[int, ...]) -> list[torch.nn.Linear]:
     return [ProjectionAligner(kept, BASE.hidden, "identity").projection for _ in range(layers + 1)]
-
-
-def keep_or_give_back(kept: bool, arm: str) -> None:
-    """Each arm with the C library's settings that it has in a process of its own, or all with ours."""
-    if arm in REFERENCES and not kept:
-        give_back_freed_memory()
-    else:
-        keep_freed_memory()
-
-
-def ours(student: StudentEngine, teacher: Teacher, batch: Batch) -> list[float]:
-    losses = student.accumulate(batch, teacher)
-    student.update(RATE)
-    return [losses[name].item() for name in WEIGHTS if name in losses]
 
 
 def assert_close(arm: str, losses: list[float], expected: list[float]) -> None:

@@ -79,6 +79,8 @@ class StudentConfig(Section):
     init: Literal["teacher", "random"] = "teacher"
     """`teacher`: start as the teacher and shrink on the ladder. `random`: new weights, at the target shape
     from the first update (with `teacher: none`, at the shape in `config`)."""
+    layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """Teacher's layers, counted from 0, that the student has from the first update, such as 1,3,5; all by default."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Fields of a Hugging Face BertConfig, for a model made from nothing (`teacher: none`); on the command
     line as `--student.config hidden_size=128`."""
@@ -89,6 +91,14 @@ class StudentConfig(Section):
         if not isinstance(config, dict):
             return config
         return {key: yaml.safe_load(value) if isinstance(value, str) else value for key, value in config.items()}
+
+
+class KnowledgeConfig(Section):
+    """What of the teacher's hidden states and attention the student is compared with."""
+
+    layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """For each of the student's layers, the teacher's that it is compared with, counted from 0; by default evenly
+    spaced up to the last. The embeddings are compared with the embeddings."""
 
 
 class DataConfig(Section):
@@ -287,6 +297,7 @@ class RunConfig(Section):
     run: RunSection = RunSection()
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
+    knowledge: KnowledgeConfig = KnowledgeConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from homodistil.batch import Batch
 from homodistil.knowledge.teacher import FrozenModel
 from homodistil.models.attention import attention_implementation, register
+from homodistil.models.loading import skeleton
 from homodistil.models.shape import Widths
 from homodistil.student import Blueprint, Student, as_tuple
 
@@ -66,8 +67,7 @@ def micro_batch_cost(
     rows = _full_batch(sequences, length, round(blueprint.run.data.mask_probability * length))
     teacher = None
     if blueprint.run.teacher.path is not None:
-        model = Student.unfilled(blueprint, blueprint.full_shape).model
-        teacher = _on_meta(FrozenModel(model, blueprint.family), dtype)
+        teacher = _on_meta(FrozenModel(skeleton(blueprint.config, attention), blueprint.family), dtype)
     with FlopCounterMode(display=False) as products, _Counter() as counter:
         knowledge = teacher(*as_tuple(rows) or ()) if teacher else None
         total, _ = student(as_tuple(rows), knowledge, torch.ones(3, dtype=torch.float64, device="meta"))

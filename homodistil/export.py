@@ -86,7 +86,7 @@ def verify_export(directory: Path, model: PreTrainedModel) -> None:
 
 def _stock_model(weights: Mapping[str, Tensor], blueprint: Blueprint, shape: StudentShape) -> PreTrainedModel:
     """A plain model with these weights, which scales its attention scores by its own head width."""
-    model = skeleton(blueprint.family.stock_config(blueprint.config, shape.widths))
+    model = skeleton(blueprint.family.stock_config(blueprint.student_config, shape.widths))
     materialise(model)
     factors = blueprint.family.fold_attention_scale(shape)
     parameters = dict(model.named_parameters())

@@ -104,13 +104,14 @@ def update_flops(plan: Plan, widths: Widths) -> float:
     length, data = plan.index.sequence_length, plan.run.data
     tokens, vocabulary = data.global_batch * length, plan.index.vocab_size
 
-    def per_token(shape: Widths) -> float:
+    def per_token(shape: Widths, layers: int) -> float:
         layer = 4 * shape.hidden * shape.heads * shape.head_width + 2 * shape.hidden * shape.ffn
         head = data.mask_probability * (vocabulary + shape.hidden) * shape.hidden
-        return 2 * (plan.start.layers * layer + head)
+        return 2 * (layers * layer + head)
 
-    teacher = per_token(plan.blueprint.full_shape.widths) if plan.run.teacher.path else 0.0
-    return tokens * (3 * per_token(widths) + teacher)
+    whole = plan.family.widths(plan.blueprint.config), plan.family.layers(plan.blueprint.config)
+    teacher = per_token(*whole) if plan.run.teacher.path else 0.0
+    return tokens * (3 * per_token(widths, plan.start.layers) + teacher)
 
 
 def _config(run: RunConfig, vocab_size: int) -> PretrainedConfig:

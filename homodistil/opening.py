@@ -112,6 +112,7 @@ def plan_run(run: RunConfig, index: ShardIndex, ds_config: DeepSpeedConfig, worl
     family = family_of(config)
     attention = attention_implementation(run.performance.attention)
     blueprint = Blueprint(family, config, run, attention)
+    _check_layers(blueprint)
     full = blueprint.full_shape
     ladder = Ladder.plan(run.pruning, run.run.updates, full.widths)
     if ladder.rungs and run.teacher.path is None:
@@ -214,9 +215,11 @@ def open_student(plan: Plan, state: RunState, ranks: Ranks) -> StudentEngine:
 def _first_model(plan: Plan) -> PreTrainedModel:
     run, attention = plan.run, plan.blueprint.attention
     if run.teacher.path and run.student.init == "teacher":
-        return load_model(run.teacher.path, torch.float32, attention)
+        model = load_model(run.teacher.path, torch.float32, attention)
+        plan.family.keep_layers(model, plan.blueprint.source)
+        return model
     torch.manual_seed(run.run.seed)
-    return new_model(plan.family.stock_config(plan.blueprint.config, plan.start.widths), attention)
+    return new_model(plan.family.stock_config(plan.blueprint.student_config, plan.start.widths), attention)
 
 
 def original_config(run: RunConfig, vocab_size: int) -> PretrainedConfig:
@@ -256,6 +259,28 @@ def _check_compile(run: RunConfig, ds_config: DeepSpeedConfig, world_size: int) 
         raise ConfigError(
             f"performance.compile is true, but teacher.sharding is {run.teacher.sharding}: a teacher sharded by ZeRO-3 "
             "cannot be compiled. Set teacher.sharding to replicated, or performance.compile to false."
+        )
+
+
+def _check_layers(blueprint: Blueprint) -> None:
+    """Layers that there are; of the student's in order, each once; as many to compare with as it has."""
+    run, there = blueprint.run, blueprint.family.layers(blueprint.config)
+    chosen = {"student.layers": run.student.layers, "knowledge.layers": run.knowledge.layers}
+    for key, layers in chosen.items():
+        if layers is None:
+            continue
+        if run.teacher.path is None:
+            raise ConfigError(f"{key} is {layers}, but there is no teacher whose layers they are. Set teacher.path.")
+        if not layers or max(layers) >= there:
+            raise ConfigError(
+                f"{key}: found {layers}, but the teacher's layers are 0 to {there - 1}. Give some of them."
+            )
+    if blueprint.source != tuple(sorted(set(blueprint.source))):
+        raise ConfigError(f"student.layers: found {run.student.layers}, expected each layer once, in order.")
+    if len(blueprint.matched) != len(blueprint.source):
+        raise ConfigError(
+            f"knowledge.layers: found {len(blueprint.matched)} layers, but the student has {len(blueprint.source)}. "
+            "Give one of the teacher's for each of the student's."
         )
 
 

@@ -24,8 +24,8 @@ GRADIENT_BYTES = 28
 bf16, to fp32 and back, added up."""
 STEP_BYTES = 50
 """Per owned weight: zeroing, norm, clipping, AdamW in fp32, the copy in bf16."""
-SCORING_BYTES = 40
-"""Per owned weight and update: |w g|, its check, its sums over rows and columns."""
+SCORING_BYTES = 90
+"""Per owned weight and update: |w g|, the look for values that are not finite, fp64 sums over rows and columns."""
 DEEPSPEED_BUCKET = 500_000_000
 """Elements of a bucket where the JSON does not say."""
 OVERLAPPED = 2 / 3

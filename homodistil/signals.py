@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -21,6 +22,11 @@ class Signals:
     """1 / sqrt(head width of the original model)."""
     logits: Tensor
     """(B, S, V), at the scored positions only."""
+
+    def at_layers(self, layers: Sequence[int]) -> Signals:
+        """The embeddings and these layers, counted from 0."""
+        hidden = self.hidden_states[0], *(self.hidden_states[layer + 1] for layer in layers)
+        return replace(self, hidden_states=hidden, queries_keys=tuple(self.queries_keys[layer] for layer in layers))
 
 
 Knowledge = Signals

@@ -47,8 +47,26 @@ class Blueprint:
         return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
 
     @property
+    def source(self) -> tuple[int, ...]:
+        """The original's layers that the student has."""
+        chosen = self.run.student.layers
+        return tuple(range(self.family.layers(self.config)) if chosen is None else chosen)
+
+    @property
+    def matched(self) -> tuple[int, ...]:
+        """For each of the student's layers, the original's that it is compared with."""
+        chosen, layers, all_layers = self.run.knowledge.layers, len(self.source), self.family.layers(self.config)
+        return tuple((k + 1) * all_layers // layers - 1 for k in range(layers)) if chosen is None else tuple(chosen)
+
+    @property
+    def student_config(self) -> PretrainedConfig:
+        """The original's, with as many layers as the student has."""
+        return self.family.with_layers(self.config, len(self.source))
+
+    @property
     def full_shape(self) -> StudentShape:
-        return StudentShape.full(self.family.layers(self.config), self.family.widths(self.config))
+        """Of a student that has lost nothing but layers."""
+        return StudentShape.full(len(self.source), self.family.widths(self.config))
 
 
 class Student(nn.Module):
@@ -65,12 +83,12 @@ class Student(nn.Module):
             self.aligners = nn.ModuleList()
         else:
             self.aligners = build_aligners(objective.hidden, shape, shape.layers + 1)
-        self.objective = Objective(objective, shape, blueprint.run.performance)
+        self.objective = Objective(objective, shape, blueprint.run.performance, blueprint.matched)
 
     @classmethod
     def unfilled(cls, blueprint: Blueprint, shape: StudentShape) -> Student:
         """A student of `shape` whose weights are still to be loaded."""
-        model = skeleton(blueprint.config, blueprint.attention)
+        model = skeleton(blueprint.student_config, blueprint.attention)
         full = blueprint.full_shape
         narrow(model, kept_positions(blueprint.family.groups(full), shape.kept))
         materialise(model)

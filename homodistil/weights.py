@@ -92,7 +92,9 @@ def gradient_norms(
     parameters = list(module.model.parameters())
     norms = {}
     for term in (name for name in ObjectiveConfig.model_fields if getattr(config, name).weight > 0):
-        module.objective = Objective(_only(term, config), module.shape, PerformanceConfig()).to(ranks.device)
+        module.objective = Objective(
+            _only(term, config), module.shape, PerformanceConfig(), module.objective.matched
+        ).to(ranks.device)
         gradients = [torch.zeros_like(p) for p in parameters]
         for batch in batches:
             _add_gradients(gradients, module, parameters, batch.to(ranks.device), teacher, ranks)

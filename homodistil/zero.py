@@ -242,13 +242,21 @@ def _spare_passes(optimizer: Any) -> None:
     group = optimizer.dp_process_group
 
     def norm(gradients: Iterable[Tensor], *_: Any, **__: Any) -> Tensor:
-        pieces = [piece for gradient in gradients for piece in gradient.detach().flatten().split(PIECE)]
-        square = torch.nn.utils.get_total_norm(pieces).square()
+        flat = getattr(gradients, "flat_partition", None)  # DeepSpeed's own, where it has them in one piece
+        norms = [n for g in ([flat] if flat is not None else gradients) for n in _norms(g.detach().flatten())]
+        square = torch.linalg.vector_norm(torch.cat(norms)).square()
         torch.distributed.all_reduce(square, group=group)
         return square.sqrt()
 
     optimizer.check_overflow = lambda *_, **__: None
     optimizer.get_grad_norm_direct = norm
+
+
+def _norms(flat: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each piece, and of what is left."""
+    whole = flat.numel() // PIECE * PIECE
+    body, rest = flat[:whole].view(-1, PIECE), flat[whole:].view(1, -1)
+    return torch.linalg.vector_norm(body, dim=1), torch.linalg.vector_norm(rest, dim=1)
 
 
 def release(engine: DeepSpeedEngine) -> None:

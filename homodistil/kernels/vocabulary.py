@@ -1,9 +1,9 @@
 """Cross-entropy and KL(teacher || student) over a vocabulary, from one look at each model's logits.
 
-The plain forms (objective/losses.py) make array after array as large as all logits in fp32, and keep several for
-backward. Here rows are taken a few at a time, so that what is made of them stays in the processor's cache, and nothing
-but the logits is kept; backward makes the probabilities again. Logits come from the models' own heads, not from hidden
-states and weights: a weight that ZeRO-3 has sharded can be read only inside its own module.
+The plain forms (objective/losses.py) make array after array as large as all logits in fp32, and keep several. Here
+rows are taken a few at a time, so that what is made of them stays in the processor's cache, and both terms' gradients
+are made on the way: they, in the logits' precision, are all that is kept. Logits come from the models' own heads, not
+from hidden states and weights: a weight that ZeRO-3 has sharded can be read only inside its own module.
 """
 
 # N scored slots, V vocabulary
@@ -35,34 +35,31 @@ class _CrossEntropyAndDivergence(torch.autograd.Function):
     def forward(
         ctx: Any, student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, weights_N: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        losses = []
+        """d CE = p - y; d KL = (p_T - q_T) / T, with p and q the student's and the teacher's probabilities."""
+        losses, ce_NV, kl_NV = [], torch.empty_like(student_NV), torch.empty_like(student_NV)
         for rows in _few_at_a_time(student_NV):
-            s, t = at_least_fp32(student_NV[rows]), at_least_fp32(teacher_NV[rows])
-            log_p, log_q = s.log_softmax(dim=-1), _warm(t, temperature).log_softmax(dim=-1)
-            loss = -log_p.gather(-1, labels_N[rows, None])
+            s, label = at_least_fp32(student_NV[rows]), labels_N[rows, None]
+            log_p, log_q = (
+                s.log_softmax(dim=-1),
+                _warm(at_least_fp32(teacher_NV[rows]), temperature).log_softmax(dim=-1),
+            )
             warm_log_p = log_p if temperature == 1 else _warm(s, temperature).log_softmax(dim=-1)
-            kl = torch.linalg.vecdot(log_q.exp(), log_q.sub_(warm_log_p)).unsqueeze(-1)
+            warm_p, q, loss = warm_log_p.exp(), log_q.exp(), -log_p.gather(-1, label)
+            kl = torch.linalg.vecdot(q, log_q.sub_(warm_log_p)).unsqueeze(-1)
+            kl_NV[rows] = q.sub_(warm_p).mul_(-1 / temperature)
+            p = warm_p if temperature == 1 else log_p.exp()
+            ce_NV[rows] = p.scatter_add_(-1, label, torch.full_like(loss, -1.0))
             losses.append(torch.cat([loss, kl], dim=-1))
         losses_N2 = torch.cat(losses)
-        ctx.save_for_backward(student_NV, teacher_NV, labels_N, weights_N.to(losses_N2.dtype))
-        ctx.temperature = temperature
+        ctx.save_for_backward(ce_NV, kl_NV, weights_N.to(losses_N2.dtype))
         sums = (losses_N2 * weights_N[:, None]).sum(dim=0)
         return sums[0], sums[1]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """d CE = p - y; d KL = (p_T - q_T) / T, with p and q the student's and the teacher's probabilities."""
-        student_NV, teacher_NV, labels_N, weights_N = ctx.saved_tensors
-        loss_N1, kl_N1 = (gradient * weights_N[:, None] for gradient in gradients)
-        gradient_NV, temperature = torch.empty_like(student_NV), ctx.temperature
-        for rows in _few_at_a_time(student_NV):
-            s, t = at_least_fp32(student_NV[rows]), at_least_fp32(teacher_NV[rows])
-            p, q = s.softmax(dim=-1), _warm(t, temperature).softmax(dim=-1)
-            warm_p = p if temperature == 1 else _warm(s, temperature).softmax(dim=-1)
-            gradient = (warm_p - q).mul_(kl_N1[rows] / temperature).addcmul_(p, loss_N1[rows])
-            gradient.scatter_add_(-1, labels_N[rows, None], -loss_N1[rows])
-            gradient_NV[rows] = gradient
-        return gradient_NV, None, None, None, None
+        ce_NV, kl_NV, weights_N = ctx.saved_tensors
+        ce_N1, kl_N1 = ((gradient * weights_N[:, None]).to(ce_NV.dtype) for gradient in gradients)
+        return (ce_NV * ce_N1).addcmul_(kl_NV, kl_N1), None, None, None, None
 
 
 def _warm(logits: Tensor, temperature: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -20,6 +21,14 @@ class ModelFamily(Protocol):
         ...
 
     def layers(self, config: PretrainedConfig) -> int: ...
+
+    def with_layers(self, config: PretrainedConfig, count: int) -> PretrainedConfig:
+        """A copy of a config, with so many layers."""
+        ...
+
+    def keep_layers(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
+        """Drop all other layers of a model, in place."""
+        ...
 
     def groups(self, shape: StudentShape) -> list[PrunableGroup]:
         """Every prunable group of a model of this shape; sizes are the shape's, not the teacher's."""

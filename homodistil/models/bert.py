@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -55,6 +55,18 @@ class BertFamily:
     def layers(self, config: PretrainedConfig) -> int:
         """Number of transformer layers."""
         return int(config.num_hidden_layers)
+
+    def with_layers(self, config: PretrainedConfig, count: int) -> PretrainedConfig:
+        config = copy.deepcopy(config)
+        config.num_hidden_layers = count
+        return config
+
+    def keep_layers(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
+        assert isinstance(model, BertForMaskedLM)
+        encoder = model.bert.encoder
+        encoder.layer = nn.ModuleList(encoder.layer[layer] for layer in layers)
+        for config in {id(module.config): module.config for module in (model, model.bert, encoder)}.values():
+            config.num_hidden_layers = len(layers)
 
     def groups(self, shape: StudentShape) -> list[PrunableGroup]:
         """SPEC 1.2's table for a model of this shape; a head's group comes before those of its dimensions."""

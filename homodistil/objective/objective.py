@@ -8,7 +8,7 @@ means). The terms' formulas are losses.py's; where the teacher's signals come fr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,10 +38,18 @@ class Losses:
 class Objective(nn.Module):
     """L = mlm + a1 kl + a2 hidden + a3 attention (HomoDistil). No parameters; its index tensors move with `to`."""
 
-    def __init__(self, config: ObjectiveConfig, shape: StudentShape, performance: PerformanceConfig) -> None:
-        """Raises `ConfigError` for a Gram form that does not exist."""
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        shape: StudentShape,
+        performance: PerformanceConfig,
+        matched: Sequence[int] | None = None,
+    ) -> None:
+        """matched: for each of the student's layers the teacher's that it is compared with; None if they have equally
+        many. Raises `ConfigError` for a Gram form that does not exist."""
         super().__init__()
         self.config, self.gram, self.fused = config, performance.gram_attention, performance.fused_vocabulary
+        self.matched = tuple(range(shape.layers) if matched is None else matched)
         self.weights = {name: getattr(config, name).weight for name in type(config).model_fields}
         if self.gram == "on" and self.weights["attention"] > 0 and config.attention.form == "probabilities":
             raise ConfigError(
@@ -66,6 +74,7 @@ class Objective(nn.Module):
         """
         terms = {"mlm": lambda: self._mlm(student, batch, counts)}
         if teacher is not None:
+            teacher = teacher.at_layers(self.matched)
             terms |= {
                 "kl": lambda: self._kl(student, teacher, batch, counts),
                 "hidden": lambda: self._hidden(student, teacher, batch, counts, aligners),

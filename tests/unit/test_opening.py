@@ -171,3 +171,25 @@ def test_a_teacher_with_a_layer_that_its_config_forgets_is_refused(tmp_path: Pat
     (extra / "config.json").write_text(config.replace('"num_hidden_layers": 3', '"num_hidden_layers": 2'))
     with pytest.raises(ModelError, match=r"encoder\.layer\.2.*no layer"):
         load_model(extra, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"student": {"layers": [0, 3]}}, ["student.layers", "[0, 3]", "0 to 2"]),
+        ({"student": {"layers": []}}, ["student.layers", "0 to 2"]),
+        ({"student": {"layers": [1, 0]}}, ["student.layers", "in order"]),
+        ({"student": {"layers": [1, 1]}}, ["student.layers", "once"]),
+        ({"student": {"layers": [0]}, "knowledge": {"layers": [0, 1]}}, ["knowledge.layers", "found 2", "has 1"]),
+        ({"knowledge": {"layers": [0, 1, 7]}}, ["knowledge.layers", "0 to 2"]),
+    ],
+)
+def test_layers_that_are_not_there_are_refused(
+    teacher: Path, shards: Path, sections: dict[str, Any], words: list[str]
+) -> None:
+    refused(ConfigError, words, teacher, shards, **sections)
+
+
+def test_a_student_of_two_layers_is_planned(teacher: Path, shards: Path) -> None:
+    plan = opened(teacher, shards, student={"layers": [0, 2]})
+    assert (plan.start.layers, plan.blueprint.matched) == (2, (0, 2))

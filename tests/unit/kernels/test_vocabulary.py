@@ -52,7 +52,10 @@ def test_low_precision_logits_are_computed_in_fp32(dtype: torch.dtype) -> None:
         torch.testing.assert_close(one.double(), twin, rtol=1e-6, atol=0)
     ours, theirs = (torch.autograd.grad(sum(values), student)[0] for values in (found, expected))
     assert ours.dtype == dtype
-    torch.testing.assert_close(ours, theirs, rtol=1.6e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    if dtype == torch.bfloat16:  # each term's gradient is rounded, then their sum
+        assert (ours - theirs).norm() < 5e-3 * theirs.norm()
+    else:
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_the_divergence_of_equal_logits_and_its_gradient_are_zero() -> None:
