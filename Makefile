@@ -2,6 +2,7 @@
 # make test       lint, types and every test that isn't marked slow (what CI runs)
 # make test-all   the slow tests as well
 # make lint       ruff and mypy alone
+# make bench      every benchmark of docs/performance.md, on a GPU where there is one; half an hour on two cores
 #
 # make run RANKS=2 DS_CONFIG=ds_configs/zero3.json ARGS="--pruning.events 24"
 
@@ -13,7 +14,9 @@ DS_CONFIG ?= ds_configs/zero2.json
 RANKS     ?=
 ARGS      ?=
 
-.PHONY: run test test-all lint clean
+BENCHMARKS := step losses loader prune schedule memory ranks
+
+.PHONY: run test test-all lint bench clean
 
 run: $(INSTALLED)
 	$(BIN)/deepspeed --quiet $(if $(RANKS),--num_accelerators $(RANKS)) \
@@ -29,6 +32,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv .venv

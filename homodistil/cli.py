@@ -120,13 +120,15 @@ def plan(arguments: Sequence[str]) -> None:
     options = _checked(PlanRun, {name: given.pop(name) for name in own & given.keys()})
     run = RunConfig.load(given.pop("recipe", "quickstart"), given)
 
+    import torch
+
     from homodistil.ds_config import DeepSpeedConfig
     from homodistil.forecast import show_plan
     from homodistil.machines import gpu_machine
     from homodistil.quiet import hush
 
     hush()
-    ds_config = DeepSpeedConfig.load(options.ds_config)
+    ds_config = DeepSpeedConfig.load(options.ds_config, torch.bfloat16)
     machine = gpu_machine(options.gpu, options.network)
     show_plan(ds_config.adopted_by(run), ds_config, machine, options.gpus, options.length, options.curve)
 

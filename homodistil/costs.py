@@ -1,7 +1,7 @@
 """What a micro-batch costs, counted operation by operation on tensors that hold nothing.
 
 The real modules run once on the meta device: forward of the teacher, forward and backward of the student. So a count
-follows the code, whatever the shape, the objective and the switches are, and takes a second and no memory.
+follows the code, whatever the shape, the objective and the switches are, and takes a second or two.
 """
 
 # B sequences, T tokens, S scored slots
@@ -39,6 +39,8 @@ class Cost:
     """FLOP of products per attention head: of maps, and of the attention loss."""
     attention: float
     """FLOP of SDPA kernels."""
+    backward: float
+    """FLOP of these three that are the student's backward pass."""
     traffic: float
     """Bytes that all other operations read and write."""
     operations: int
@@ -68,9 +70,12 @@ def micro_batch_cost(
     teacher = None
     if blueprint.run.teacher.path is not None:
         teacher = _on_meta(FrozenModel(skeleton(blueprint.config, attention), blueprint.family), dtype)
+    for parameter in student.parameters():  # ZeRO takes a gradient as soon as it is there
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)
     with FlopCounterMode(display=False) as products, _Counter() as counter:
         knowledge = teacher(*as_tuple(rows) or ()) if teacher else None
         total, _ = student(as_tuple(rows), knowledge, torch.ones(3, dtype=torch.float64, device="meta"))
+        forward = products.get_total_flops()
         total.backward()
     trained = [p.numel() for p in student.parameters() if p.requires_grad]
     flops: dict[Any, int] = products.get_flop_counts()["Global"]
@@ -80,6 +85,7 @@ def micro_batch_cost(
         products=dense,
         batched=batched,
         attention=products.get_total_flops() - dense - batched,
+        backward=products.get_total_flops() - forward,
         traffic=counter.traffic,
         operations=counter.operations,
         activations=counter.peak,
@@ -133,9 +139,13 @@ def _one_kernel(
 
 
 def _on_meta(module: Any, dtype: torch.dtype) -> Any:
-    module = module.to(dtype).to("meta")
+    module = module.to("meta").to(dtype)
     module.model.tie_weights()  # moving to the meta device made two of one
     return module
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def _full_batch(sequences: int, length: int, slots: int) -> Batch:

@@ -45,10 +45,10 @@ class DeepSpeedConfig:
     """The file's own settings, without its "auto"s."""
 
     @classmethod
-    def load(cls, path: Path) -> DeepSpeedConfig:
-        """A student's settings; with `"bf16": {"enabled": "auto"}`, bf16 where the hardware computes it. Raises
-        `ConfigError`."""
-        config = cls._read(path, torch.bfloat16 if has_bf16() else torch.float32)
+    def load(cls, path: Path, automatic: torch.dtype | None = None) -> DeepSpeedConfig:
+        """A student's settings; `"bf16": {"enabled": "auto"}` is `automatic`, or bf16 where this hardware computes it.
+        Raises `ConfigError`."""
+        config = cls._read(path, automatic or (torch.bfloat16 if has_bf16() else torch.float32))
         if "optimizer" not in config.values:
             raise ConfigError(f'{path}: optimizer is missing. Expected {{"type": "AdamW", "params": {{...}}}}.')
         return config

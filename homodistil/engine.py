@@ -77,6 +77,8 @@ class StudentEngine:
             model=student, model_parameters=parameter_groups(student), config=settings, dist_init_required=False
         )
         self._zero = ZeroStudent(self._engine)
+        ahead = blueprint.run.performance.teacher_ahead
+        self._stream = torch.get_device_module(ranks.device).Stream() if ahead else None
         if blueprint.run.performance.compile:
             compile_encoder(student.model)
 
@@ -106,7 +108,7 @@ class StudentEngine:
         counts = self._ranks.sum(batch.counts().vector.to(self._ranks.device))
         sums: dict[str, Tensor] = {}
         micro_batches = list(batch.micro_batches(self._settings["train_micro_batch_size_per_gpu"]))
-        source = Ahead(teacher, self._ranks.device, self._blueprint.run.performance.teacher_ahead)
+        source = Ahead(teacher, self._ranks.device, self._stream)
         for index, micro_batch in enumerate(micro_batches, start=1):
             rows = micro_batch.to(self._ranks.device)
             total, parts = self._engine(as_tuple(rows), as_tuple(source.knowledge(rows)), counts)

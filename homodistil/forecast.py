@@ -15,21 +15,20 @@ from transformers import BertConfig, PretrainedConfig
 
 from homodistil.config import RunConfig
 from homodistil.data.shards import ShardIndex
-from homodistil.ds_config import DeepSpeedConfig
-from homodistil.errors import ModelError
+from homodistil.ds_config import DeepSpeedConfig, micro_batch_size
+from homodistil.errors import ConfigError
 from homodistil.machines import GIB, Machine
 from homodistil.models import family_of
 from homodistil.models.attention import attention_implementation
 from homodistil.models.shape import Widths
-from homodistil.opening import Plan, original_config
-from homodistil.planning import Outlook, Planner, Update
+from homodistil.opening import Plan, check_length, original_config, plan_shapes
+from homodistil.planning import Outlook, Planner, Update, bound_by_communication
 from homodistil.progress import progress_bar
-from homodistil.pruning.ladder import Ladder
 from homodistil.ranks import Ranks
 from homodistil.student import Blueprint, Student
 
 WELL_KNOWN = {"google-bert/bert-base-uncased": BertConfig}
-"""Teachers whose widths are known without a network."""
+"""Teachers whose widths are known, so that no network is asked for them."""
 MOST_GPUS = 1024
 PARTS = tuple(part.name for part in fields(Update))
 
@@ -51,6 +50,8 @@ def show_forecast(plan: Plan, ranks: Ranks) -> None:
         _count(planner)
         console.print(_ladder_table(planner))
         _show_outlook(console, planner.outlook(ranks.world_size), machine)
+        if ranks.world_size > 1:
+            console.print("(links between ranks are not measured: communication counts as nothing)")
     ranks.barrier()
 
 
@@ -67,13 +68,18 @@ def show_plan(
     found = run.data.shards / "index.json"
     index = ShardIndex.load(run.data.shards, check_files=False) if found.is_file() else None
     config = _config(run, index.vocab_size if index else BertConfig().vocab_size)
-    family = family_of(config)
-    blueprint = Blueprint(family, config, run, attention_implementation("sdpa"))  # whatever runs there can be counted
-    widths = blueprint.full_shape.widths
-    ladder = Ladder.plan(run.pruning, run.run.updates, widths)
     tokens = length or (index.sequence_length if index else 128)
-    dtype = torch.bfloat16 if ds_config.values.get("bf16", {}).get("enabled", True) else torch.float32
-    planner = Planner(blueprint, ladder, widths, tokens, machine, ds_config, dtype)
+    check_length(run, config, tokens)
+    micro_batch_size(run.data.global_batch, run.data.micro_batch, gpus)  # refuses what they cannot share
+    _check_curve(curve)
+    if ds_config.dtype != torch.bfloat16:
+        raise ConfigError(
+            f"{ds_config.path}: bf16 is not enabled, and the speeds of GPUs here are bf16's. Plan with bf16, or use "
+            "`pretrain --dry_run` on the machine itself."
+        )
+    blueprint = Blueprint(family_of(config), config, run, attention_implementation("sdpa"))
+    start, ladder = plan_shapes(blueprint)
+    planner = Planner(blueprint, ladder, start.widths, tokens, machine, ds_config, ds_config.dtype)
     _count(planner)
     console, outlook = Console(), planner.outlook(gpus)
     console.print(_ladder_table(planner))
@@ -81,12 +87,14 @@ def show_plan(
     _show_outlook(console, outlook, machine)
     outlooks = planner.doubling(MOST_GPUS)
     console.print(_scaling_table(outlooks))
-    bound = planner.bound_by_communication()
+    bound = bound_by_communication(planner.doubling(run.data.global_batch))
     console.print(
         f"A global batch of {run.data.global_batch:,} is communication-bound "
         + (f"from {bound:,} GPUs on." if bound else "on no number of GPUs that it can be shared by.")
         + f" {machine.name}'s speeds are a data sheet's, less what is usual: docs/scaling.md says how far off that is."
     )
+    if run.data.lanes < outlooks[-1].ranks:
+        console.print(f"More than {run.data.lanes} ranks need a larger data.lanes, and shards that it divides.")
     if curve:
         _draw(outlooks, f"{run.recipe} on {machine.name}", curve)
         console.print(f"drawn to {curve}")
@@ -115,12 +123,16 @@ def update_flops(plan: Plan, widths: Widths) -> float:
 
 
 def _config(run: RunConfig, vocab_size: int) -> PretrainedConfig:
-    try:
-        return original_config(run, vocab_size)
-    except ModelError:
-        if run.teacher.path not in WELL_KNOWN:
-            raise
+    if run.teacher.path in WELL_KNOWN and not Path(run.teacher.path).exists():
         return WELL_KNOWN[run.teacher.path]()
+    return original_config(run, vocab_size)
+
+
+def _check_curve(curve: Path | None) -> None:
+    if curve and curve.suffix not in (".png", ".svg", ".pdf"):
+        raise ConfigError(f"--curve {curve}: found '{curve.suffix}', expected .png, .svg or .pdf.")
+    if curve and not curve.absolute().parent.is_dir():
+        raise ConfigError(f"--curve {curve}: there is no folder {curve.parent}. Make it, or give another.")
 
 
 def _count(planner: Planner) -> None:
@@ -143,14 +155,14 @@ def _show_outlook(console: Console, outlook: Outlook, machine: Machine) -> None:
     listed = ", ".join(f"{part} {size / GIB:.2f}" for part, size in outlook.memory.items())
     warning = ": MORE THAN THERE IS" if held > machine.memory else ""
     console.print(f"memory per rank before the first prune, GiB: {held / GIB:.2f} ({listed}){warning}")
-    parts = ", ".join(f"{part} {value:.3f}" for part, value in vars(outlook.update).items())
+    parts = ", ".join(f"{part} {value:.3g}" for part, value in vars(outlook.update).items())
     console.print(
         f"an update: {outlook.accumulation} micro-batch(es) of {outlook.micro_batch} on each rank, "
-        f"{outlook.update.seconds:.3f} s ({parts})"
+        f"{outlook.update.seconds:.3g} s ({parts})"
     )
     console.print(
-        f"the run: {outlook.flops:.3g} FLOP in {outlook.hours:.2f} hours on {outlook.ranks} rank(s), "
-        f"{outlook.hours * outlook.ranks:.1f} in all; validation, prunes and checkpoints not counted"
+        f"the run: {outlook.flops:.3g} FLOP in {outlook.hours:.3g} hours on {outlook.ranks} rank(s), "
+        f"{outlook.hours * outlook.ranks:.3g} in all; validation, prunes and checkpoints not counted"
     )
 
 

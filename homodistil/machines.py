@@ -38,8 +38,8 @@ class Machine:
     """Bytes/s of sums of large fp32 arrays: what an optimizer can have."""
     latency: float
     """Seconds that the host takes to start one operation, with its share of autograd."""
-    waits: bool
-    """Whether the host does the work itself: then latencies add up; else they matter only where they are longer."""
+    host_computes: bool
+    """Then latencies add up; else they matter only where they are longer than the work."""
     memory: float = float("inf")
     """Bytes."""
     link: float = float("inf")
@@ -64,6 +64,7 @@ class Machine:
         small = torch.ones(1, device=device, requires_grad=True)
         return cls(
             name="this machine",
+            # FLOP: 2 for each multiplication, once forward and twice backward
             products=48
             * LAYERS
             * TOKENS
@@ -79,27 +80,29 @@ class Machine:
             elementwise=2 * wide.nbytes / _seconds(lambda: F.gelu(wide)),
             bandwidth=3 * ARRAY_BYTES / _seconds(lambda: torch.add(one, other, out=both)),
             latency=_seconds(lambda: _gradient(_chain(small), small)) / (2 * CHAIN),
-            waits=device.type == "cpu",
+            host_computes=device.type == "cpu",
+            memory=torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf"),
         )
 
     def seconds(self, cost: Cost) -> dict[str, float]:
         """Of this work on one device: arithmetic, elementwise, and what starting operations adds."""
         arithmetic = cost.products / self.products + cost.batched / self.batched + cost.attention / self.attention
         elementwise, starting = cost.traffic / self.elementwise, cost.operations * self.latency
-        if not self.waits:
+        if not self.host_computes:
             starting = max(0.0, starting - arithmetic - elementwise)
         return {"arithmetic": arithmetic, "elementwise": elementwise, "starting": starting}
 
-    def all_reduce(self, count: float, ranks: int) -> float:
-        """Seconds to add up `count` bytes over all ranks: a reduction and a gathering."""
-        return 2 * self.gather(count, ranks)
+    def all_reduce(self, count: float, ranks: int, pieces: int = 1) -> float:
+        """Seconds to add up `count` bytes over all ranks: a reduction to the parts' owners, and a gathering."""
+        return 2 * self.gather(count, ranks, pieces)
 
-    def gather(self, count: float, ranks: int) -> float:
-        """Seconds until every rank has all of `count` bytes, of which each had its part, in a ring."""
+    def gather(self, count: float, ranks: int, pieces: int = 1) -> float:
+        """Seconds until every rank has all of `count` bytes, of which each had its part, in a ring; or, the other way
+        round, until each has the sum of its part. In so many pieces, one after another."""
         if ranks == 1:
             return 0.0
         slowest = self.link if ranks <= self.per_node else min(self.link, self.network)
-        return (ranks - 1) / ranks * count / slowest + ceil(log2(ranks)) * self.hop
+        return (ranks - 1) / ranks * count / slowest + pieces * ceil(log2(ranks)) * self.hop
 
 
 def _gpu(name: str, tflops: float, terabytes: float, memory: float, link: float, network: float) -> Machine:
@@ -112,7 +115,7 @@ def _gpu(name: str, tflops: float, terabytes: float, memory: float, link: float,
         elementwise=plain,
         bandwidth=plain,
         latency=LAUNCH,
-        waits=False,
+        host_computes=False,
         memory=memory * GIB,
         link=link * 1e9,
         network=network * 1e9 / 8,

@@ -107,11 +107,16 @@ def plan_run(run: RunConfig, index: ShardIndex, ds_config: DeepSpeedConfig, worl
     _check_destination(run)
     _check_tokenizer(run, index)
     config = original_config(run, index.vocab_size)
-    _check_positions(run, config, index)
+    check_length(run, config, index.sequence_length)
     _check_vocabulary(run, config, index)
-    family = family_of(config)
-    attention = attention_implementation(run.performance.attention)
-    blueprint = Blueprint(family, config, run, attention)
+    blueprint = Blueprint(family_of(config), config, run, attention_implementation(run.performance.attention))
+    start, ladder = plan_shapes(blueprint)
+    return Plan(run, ds_config, index, blueprint, start, ladder)
+
+
+def plan_shapes(blueprint: Blueprint) -> tuple[StudentShape, Ladder]:
+    """The shape that the student begins with, and its ladder. Raises `ConfigError`, `ShapeError`."""
+    run, family = blueprint.run, blueprint.family
     _check_layers(blueprint)
     full = blueprint.full_shape
     ladder = Ladder.plan(run.pruning, run.run.updates, full.widths)
@@ -124,11 +129,11 @@ def plan_run(run: RunConfig, index: ShardIndex, ds_config: DeepSpeedConfig, worl
             "student.config describes a model made from nothing, but teacher.path is set. Drop one of them."
         )
     if ladder.rungs:
-        family.stock_config(config, ladder.rungs[-1].widths)  # refuses what cannot be exported
+        family.stock_config(blueprint.config, ladder.rungs[-1].widths)  # refuses what cannot be exported
     start = full
     if run.student.init == "random" and ladder.rungs:
         start, ladder = full.first(ladder.rungs[-1].widths), Ladder(())
-    return Plan(run, ds_config, index, blueprint, start, ladder)
+    return start, ladder
 
 
 @dataclass
@@ -284,12 +289,17 @@ def _check_layers(blueprint: Blueprint) -> None:
         )
 
 
-def _check_positions(run: RunConfig, config: PretrainedConfig, index: ShardIndex) -> None:
-    limit = config.max_position_embeddings
-    if index.sequence_length > limit:
+def check_length(run: RunConfig, config: PretrainedConfig, length: int) -> None:
+    """Whether the model has a position for every token, and every sequence a token that is scored."""
+    limit, probability = config.max_position_embeddings, run.data.mask_probability
+    if length > limit:
         raise ConfigError(
-            f"data.shards {run.data.shards}: sequences of {index.sequence_length} tokens, but the model has "
+            f"data.shards {run.data.shards}: sequences of {length} tokens, but the model has "
             f"{limit} positions. Build shards with --sequence_length {limit} or less."
+        )
+    if round(probability * length) < 1:
+        raise ConfigError(
+            f"data.mask_probability: {probability} of {length} tokens is not one. Give {1 / length:.3f} or more."
         )
 
 

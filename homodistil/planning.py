@@ -5,8 +5,9 @@ Work is counted (costs.py), speed is a machine's (machines.py), and what lies be
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from math import ceil
 from typing import Any
 
 import torch
@@ -28,8 +29,6 @@ SCORING_BYTES = 90
 """Per owned weight and update: |w g|, the look for values that are not finite, fp64 sums over rows and columns."""
 DEEPSPEED_BUCKET = 500_000_000
 """Elements of a bucket where the JSON does not say."""
-OVERLAPPED = 2 / 3
-"""Share of a micro-batch's time that is backward, beside which gradients can travel with `overlap_comm`."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,11 @@ class Outlook:
     """Part -> bytes on each rank, when the run begins."""
 
 
+def bound_by_communication(outlooks: Iterable[Outlook]) -> int | None:
+    """The fewest ranks on which communication takes longer than all else together."""
+    return next((o.ranks for o in outlooks if o.update.communication > o.update.seconds / 2), None)
+
+
 @dataclass(frozen=True)
 class Planner:
     """One run on one kind of machine, for any number of ranks."""
@@ -86,7 +90,7 @@ class Planner:
     machine: Machine
     ds_config: DeepSpeedConfig
     dtype: torch.dtype
-    _counted: dict[Widths, tuple[Cost, Cost]] = field(default_factory=dict, repr=False, compare=False)
+    _counted: dict[tuple[Widths, int], Cost] = field(default_factory=dict, repr=False, compare=False)
 
     def outlook(self, ranks: int) -> Outlook:
         """Raises `ConfigError` if the ranks cannot share the global batch."""
@@ -115,11 +119,6 @@ class Planner:
         counts = [2**power for power in range(most.bit_length()) if 2**power <= most]
         return [self.outlook(ranks) for ranks in counts if batch % ranks == 0]
 
-    def bound_by_communication(self) -> int | None:
-        """The fewest ranks, doubling from 1, on which communication takes longer than all else together."""
-        outlooks = self.doubling(self.blueprint.run.data.global_batch)
-        return next((o.ranks for o in outlooks if o.update.communication > o.update.seconds / 2), None)
-
     def shapes(self) -> list[Widths]:
         """Those that the student has on its way."""
         return [self.start, *(rung.widths for rung in self.ladder.rungs)]
@@ -132,6 +131,17 @@ class Planner:
     def _zero(self) -> dict[str, Any]:
         return dict(self.ds_config.values["zero_optimization"])
 
+    @property
+    def _bucket(self) -> int:
+        """Elements that are reduced at once."""
+        return int(self._zero.get("reduce_bucket_size") or DEEPSPEED_BUCKET)
+
+    @property
+    def _sent(self) -> int:
+        """Bytes of a gradient on its way."""
+        kind = self.ds_config.values.get("communication_data_type", "")
+        return {"fp32": 4, "bf16": 2, "fp16": 2}.get(kind, self.dtype.itemsize)
+
     def _stretches(self) -> Iterator[tuple[Widths, int, bool]]:
         """Widths, updates spent there, and whether more pruning is to come."""
         ends = [*(rung.update for rung in self.ladder.rungs), self.blueprint.run.run.updates]
@@ -140,9 +150,7 @@ class Planner:
 
     def _cost(self, widths: Widths, size: int) -> Cost:
         """From counts of one and of two sequences: work is a straight line in them, operations stay as they are."""
-        if widths not in self._counted:
-            self._counted[widths] = self._count(widths, 1), self._count(widths, 2)
-        one, two = self._counted[widths]
+        one, two = self._count(widths, 1), self._count(widths, 2)
 
         def at_size(name: str) -> float:
             first, second = getattr(one, name), getattr(two, name)
@@ -153,30 +161,39 @@ class Planner:
             products=at_size("products"),
             batched=at_size("batched"),
             attention=at_size("attention"),
+            backward=at_size("backward"),
             traffic=at_size("traffic"),
         )
 
     def _count(self, widths: Widths, size: int) -> Cost:
-        kernel = self.blueprint.run.performance.attention
-        maps = is_written_out(kernel, "cpu" if self.machine.waits else "cuda", self.length)
-        return micro_batch_cost(self.blueprint, widths, size, self.length, self.dtype, maps)
+        if (widths, size) not in self._counted:
+            kernel = self.blueprint.run.performance.attention
+            maps = is_written_out(kernel, "cpu" if self.machine.host_computes else "cuda", self.length)
+            cost = micro_batch_cost(self.blueprint, widths, size, self.length, self.dtype, maps)
+            self._counted[widths, size] = cost
+        return self._counted[widths, size]
 
     def _update(self, cost: Cost, accumulation: int, ranks: int, scored: bool) -> Update:
         machine, weights, owned = self.machine, cost.parameters, cost.parameters / ranks
         reductions = accumulation if self._stage > 1 else 1  # stage 1 adds up first and reduces once
         micro_batch = machine.seconds(cost)
         passes = weights * GRADIENT_BYTES * reductions + owned * STEP_BYTES
-        reducing = reductions * machine.all_reduce(4 * weights, ranks)  # communication_data_type: fp32
+        pieces = ceil(weights / self._bucket)
+        reduce = machine.gather if self._stage == 3 else machine.all_reduce
+        reducing = reductions * reduce(self._sent * weights, ranks, pieces)
         if self._zero.get("overlap_comm", self._stage == 3):
-            reducing = max(0.0, reducing - OVERLAPPED * accumulation * sum(micro_batch.values()))
-        working = self.dtype.itemsize * weights
-        gathers = 2 * accumulation if self._stage == 3 else 1
-        teacher = accumulation * machine.gather(self._sharded_teacher(cost, ranks), ranks)
+            backward = cost.backward / cost.flops * sum(micro_batch.values())
+            reducing = max(0.0, reducing - reductions * backward)
+        # stage 3 keeps the weights that it gathered for the forward pass until the backward one
+        gathers = accumulation if self._stage == 3 else 1
+        gathering = gathers * machine.gather(self.dtype.itemsize * weights, ranks, pieces)
+        teacher = self._sharded_teacher(cost, ranks)
+        gathering += accumulation * machine.gather(teacher, ranks, ceil(teacher / self.dtype.itemsize / self._bucket))
         return Update(
             **{part: accumulation * seconds for part, seconds in micro_batch.items()},
             optimizer=passes / machine.bandwidth,
             scoring=owned * SCORING_BYTES / machine.bandwidth if scored else 0.0,
-            communication=reducing + gathers * machine.gather(working, ranks) + teacher,
+            communication=reducing + gathering,
         )
 
     def memory(self, widths: Widths, ranks: int) -> dict[str, float]:
@@ -184,12 +201,15 @@ class Planner:
         data = self.blueprint.run.data
         cost = self._count(widths, micro_batch_size(data.global_batch, data.micro_batch, ranks))
         weights, width, share = cost.parameters, self.dtype.itemsize, 1 / ranks
-        bucket = self._zero.get("reduce_bucket_size", DEEPSPEED_BUCKET)
+        buffers = 2 if self._zero.get("overlap_comm", self._stage == 3) else 1
+        accumulated = (
+            4 if self._stage > 1 else width
+        )  # bytes of a gradient; zero1.json leaves them in the run's precision
         return {
-            "student": weights * width * (share if self._stage == 3 else 1),
+            "student": weights * width,  # stage 3 too holds what it gathered from the forward to the backward pass
             "masters and moments": weights * 12 * share,
-            "gradients": weights * 4 * (share if self._stage > 1 else 1),
-            "buckets": bucket * width + 4 * max(bucket, cost.largest),  # filled in bf16, sent in fp32
+            "gradients": weights * accumulated * (share if self._stage > 1 else 1),
+            "buckets": buffers * self._bucket * width + self._sent * max(self._bucket, cost.largest),
             "teacher": self._sharded_teacher(cost, ranks) * share or cost.teacher_parameters * width,
             "activations": cost.activations,
         }

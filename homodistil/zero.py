@@ -252,11 +252,11 @@ def _spare_passes(optimizer: Any) -> None:
     optimizer.get_grad_norm_direct = norm
 
 
-def _norms(flat: Tensor) -> tuple[Tensor, Tensor]:
+def _norms(flat: Tensor) -> tuple[Tensor, ...]:
     """Of each piece, and of what is left."""
     whole = flat.numel() // PIECE * PIECE
-    body, rest = flat[:whole].view(-1, PIECE), flat[whole:].view(1, -1)
-    return torch.linalg.vector_norm(body, dim=1), torch.linalg.vector_norm(rest, dim=1)
+    body, rest = flat[:whole].view(-1, PIECE), flat[whole:].unsqueeze(0)
+    return tuple(torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in (body, rest))
 
 
 def release(engine: DeepSpeedEngine) -> None:

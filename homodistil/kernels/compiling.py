@@ -1,4 +1,7 @@
-"""torch.compile for a student whose shape changes: one graph per shape, or an error; never eager in silence."""
+"""torch.compile for a student whose shape changes: a graph per shape, or an error; never eager in silence.
+
+A shape has one graph in training and one in evaluation, each for batches with and without padding.
+"""
 
 from __future__ import annotations
 

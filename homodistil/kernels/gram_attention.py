@@ -88,7 +88,8 @@ def difference_factors(student: QueriesKeys, teacher: QueriesKeys, valid_BT: Ten
     that the student kept; `valid_BT` 1 for tokens, 0 for padding. The factors have the widest of the four dtypes.
 
     Written with differences, U = [Q_s - Q_t, Q_t, Q_lost] and V = [K_s, K_s - K_t, -K_lost], so that every product
-    is small where the models are close. The plain [Q_s, -Q_t], [K_s, K_t] cancels there: 4-18 % off at a gap of 1e-3.
+    is small where the models' queries and keys are close. The plain [Q_s, -Q_t], [K_s, K_t] cancels there: 4-18 % off
+    at a gap of 1e-3.
     For the same reason bf16 factors are enough for bf16 queries and keys: rounding is relative to the differences.
     """
     (query_s, key_s), (query_t, key_t) = student, teacher

@@ -39,6 +39,7 @@ class _CrossEntropyAndDivergence(torch.autograd.Function):
         losses, ce_NV, kl_NV = [], torch.empty_like(student_NV), torch.empty_like(student_NV)
         for rows in _few_at_a_time(student_NV):
             s, label = at_least_fp32(student_NV[rows]), labels_N[rows, None]
+            weight = weights_N[rows, None].to(s.dtype)
             log_p, log_q = (
                 s.log_softmax(dim=-1),
                 _warm(at_least_fp32(teacher_NV[rows]), temperature).log_softmax(dim=-1),
@@ -46,20 +47,18 @@ class _CrossEntropyAndDivergence(torch.autograd.Function):
             warm_log_p = log_p if temperature == 1 else _warm(s, temperature).log_softmax(dim=-1)
             warm_p, q, loss = warm_log_p.exp(), log_q.exp(), -log_p.gather(-1, label)
             kl = torch.linalg.vecdot(q, log_q.sub_(warm_log_p)).unsqueeze(-1)
-            kl_NV[rows] = q.sub_(warm_p).mul_(-1 / temperature)
+            kl_NV[rows] = q.sub_(warm_p).mul_(-weight / temperature)
             p = warm_p if temperature == 1 else log_p.exp()
-            ce_NV[rows] = p.scatter_add_(-1, label, torch.full_like(loss, -1.0))
-            losses.append(torch.cat([loss, kl], dim=-1))
-        losses_N2 = torch.cat(losses)
-        ctx.save_for_backward(ce_NV, kl_NV, weights_N.to(losses_N2.dtype))
-        sums = (losses_N2 * weights_N[:, None]).sum(dim=0)
+            ce_NV[rows] = p.scatter_add_(-1, label, torch.full_like(loss, -1.0)).mul_(weight)
+            losses.append(torch.cat([loss, kl], dim=-1) * weight)
+        ctx.save_for_backward(ce_NV, kl_NV)
+        sums = torch.cat(losses).sum(dim=0)
         return sums[0], sums[1]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        ce_NV, kl_NV, weights_N = ctx.saved_tensors
-        ce_N1, kl_N1 = ((gradient * weights_N[:, None]).to(ce_NV.dtype) for gradient in gradients)
-        return (ce_NV * ce_N1).addcmul_(kl_NV, kl_N1), None, None, None, None
+        (ce_NV, kl_NV), (ce, kl) = ctx.saved_tensors, gradients  # factors without a dimension are not rounded to bf16
+        return (ce_NV * ce).add_(kl_NV * kl), None, None, None, None
 
 
 def _warm(logits: Tensor, temperature: float) -> Tensor:

@@ -38,7 +38,7 @@ def divergence(student_log_p_BSV: Tensor, teacher_log_p_BSV: Tensor, weights_BS:
 
 def hidden_difference(student_BTD: Tensor, teacher_BTD: Tensor, valid_BT: Tensor) -> Tensor:
     """Sum over tokens, padding left out, of the squared difference averaged over dimensions."""
-    return (squared_error(student_BTD, teacher_BTD) * valid_BT).sum() / student_BTD.shape[-1]
+    return squared_error(student_BTD, teacher_BTD, valid_BT) / student_BTD.shape[-1]
 
 
 def score_difference(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
+from homodistil.engine import StudentEngine
 from homodistil.ranks import Ranks
 from tests import fixtures, twin
 from tests.distributed import harness
@@ -93,3 +95,44 @@ def _engine_name(twin_name: str) -> str:
         _, index, kind = twin_name.split(".")
         return f"aligners.{index}.projection.{kind}"
     return f"model.{twin_name}"
+
+
+def norm_and_step(stage: int, bf16: bool) -> tuple[float, float]:
+    """The engine's norm of one update's gradients, and how many steps it took on gradients that are not finite."""
+    run, ranks = harness.run_config(), Ranks.current()
+    settings = harness.settings(stage, ranks.world_size)
+    if bf16:
+        accumulation = {} if stage == 1 else {"data_types": {"grad_accum_dtype": "fp32"}}
+        settings |= {"bf16": {"enabled": True}, **accumulation}
+    plan = harness.blueprint(run)
+    model = harness.live_bert(1).train()
+    engine = StudentEngine.build(plan, settings, ranks, model=model, shape=plan.full_shape)
+    teacher = harness.teacher_engine(sharded=False)
+    engine.accumulate(harness.local_batch(0), teacher)
+    engine.update(twin.LR)
+    norm = float(engine.gradient_norm)  # type: ignore[arg-type]
+    hook = None
+    if ranks.is_first:  # of one rank alone, as the last of its micro-batches
+        bias = next(p for n, p in engine._engine.module.named_parameters() if n.endswith("query.bias"))
+        hook = bias.register_hook(lambda gradient: gradient * float("inf"))
+    before = engine.step
+    engine.accumulate(harness.local_batch(1), teacher)
+    engine.update(twin.LR)
+    taken = engine.step - before
+    if hook is not None:
+        hook.remove()
+    engine.close()
+    teacher.close()
+    return norm, taken
+
+
+@pytest.mark.parametrize(("stage", "bf16"), [(1, False), (2, False), (1, True), (2, True)])
+def test_the_norm_is_the_whole_gradients_and_one_that_is_not_finite_stops_the_step(
+    pool: Any, stage: int, bf16: bool
+) -> None:
+    plain = twin.Twin.start(fixtures.bert(0), fixtures.bert(1))
+    plain.accumulate(harness.global_batch(0))
+    expected = torch.stack([p.grad.norm() for p in plain.named().values()]).norm().item()  # type: ignore[union-attr]
+    for norm, taken in pool(2).run(norm_and_step, stage, bf16):
+        assert norm == pytest.approx(expected, rel=0.05 if bf16 else 1e-4)
+        assert taken == 0

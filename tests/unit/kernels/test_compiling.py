@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -59,6 +60,19 @@ def test_every_rung_of_a_ladder_is_one_graph_and_every_forward_runs_one(graphs: 
             logits = student.family.signals(student.model, rows).logits
             logits.sum().backward()
         assert (graphs.compiled, graphs.runs) == (done, 3 * done)
+
+
+def test_full_batches_and_evaluation_have_a_graph_of_their_own(graphs: Graphs) -> None:
+    padded, student = fixtures.batch(), students()[0]
+    full = replace(padded, attention_mask=torch.ones_like(padded.attention_mask), padded=False)
+    compile_encoder(student.model)
+    for _ in range(2):
+        for rows in (padded, full):
+            student.family.signals(student.model, rows)
+            with torch.no_grad():
+                student.family.signals(student.model.eval(), rows)
+            student.model.train()
+    assert (graphs.compiled, graphs.runs) == (4, 8)
 
 
 def test_code_that_no_graph_can_hold_is_an_error(graphs: Graphs) -> None:
