@@ -101,9 +101,11 @@ def timed_collectives() -> Iterator[list[float]]:
 
     work = torch.distributed.Work
     together: dict[str, Any] = {name: timed(getattr(torch.distributed, name)) for name in COLLECTIVES}
-    with patch.multiple(torch.distributed, spec=None, create=False, spec_set=None, autospec=None, **together):
-        with patch.object(work, "wait", timed(work.wait)):
-            yield spent
+    with (
+        patch.multiple(torch.distributed, spec=None, create=False, spec_set=None, autospec=None, **together),
+        patch.object(work, "wait", timed(work.wait)),
+    ):
+        yield spent
 
 
 if __name__ == "__main__":
