@@ -167,7 +167,7 @@ def _show_outlook(console: Console, outlook: Outlook, machine: Machine) -> None:
 
 
 def _scaling_table(outlooks: Sequence[Outlook]) -> Table:
-    table = Table("GPUs", "micro-batches", "update, s", "hours", "GPU-hours", "GiB", "most of it", "communication")
+    table = Table("GPUs", "batches", "update, s", "hours", "GPU h", "GiB", "mostly", "comm")
     for outlook in outlooks:
         update = outlook.update
         table.add_row(
