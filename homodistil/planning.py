@@ -202,9 +202,7 @@ class Planner:
         cost = self._count(widths, micro_batch_size(data.global_batch, data.micro_batch, ranks))
         weights, width, share = cost.parameters, self.dtype.itemsize, 1 / ranks
         buffers = 2 if self._zero.get("overlap_comm", self._stage == 3) else 1
-        accumulated = (
-            4 if self._stage > 1 else width
-        )  # bytes of a gradient; zero1.json leaves them in the run's precision
+        accumulated = 4 if self._stage > 1 else width  # as our JSONs have it: fp32, or at stage 1 the run's precision
         return {
             "student": weights * width,  # stage 3 too holds what it gathered from the forward to the backward pass
             "masters and moments": weights * 12 * share,
