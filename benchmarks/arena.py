@@ -104,4 +104,4 @@ def random_batch(sequences: int, length: int, seed: int = 0) -> Batch:
     labels = ids.gather(1, positions)
     ids.scatter_(1, positions, 103)
     weights, samples = torch.ones(sequences, slots), torch.arange(sequences)
-    return Batch(ids, torch.ones_like(ids), positions, labels, weights, samples, padded=False)
+    return Batch(ids, torch.ones_like(ids), torch.zeros_like(ids), positions, labels, weights, samples, padded=False)

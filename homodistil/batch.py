@@ -14,16 +14,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Masked sequences with a fixed number of scored slots each, so that shapes never change."""
+    """Sequences with a fixed number of scored slots each, so that shapes never change."""
 
     input_ids: Tensor
-    """(B, T) int64, masked."""
+    """(B, T) int64, as the model sees them."""
     attention_mask: Tensor
     """(B, T) int64: 1 real, 0 padding."""
+    token_type_ids: Tensor
+    """(B, T) int64: 1 for the second of two segments."""
     scored_positions: Tensor
-    """(B, S) int64: where the vocabulary logits are computed."""
+    """(B, S) int64: where logits are computed, if they are a token's."""
     labels: Tensor
-    """(B, S) int64: the true tokens there."""
+    """(B, S) int64: the true tokens there; what a label is depends on the task. Of a regression float32."""
     weights: Tensor
     """(B, S) float32: 1 for a scored slot, 0 for one that had no target."""
     samples: Tensor
@@ -59,7 +61,10 @@ class Batch:
     def counts(self) -> Counts:
         """This batch's share of the update's counts, as a float64 vector ready for an all-reduce."""
         lengths = self.attention_mask.sum(dim=1).double()
-        return Counts(torch.stack([self.weights.double().sum(), lengths.sum(), (lengths * lengths).sum()]))
+        pairs = lengths * lengths
+        return Counts(
+            torch.stack([self.weights.double().sum(), lengths.sum(), pairs.sum(), ((pairs + lengths) / 2).sum()])
+        )
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Counts:
     """How many elements each term of the objective has in an update."""
 
     vector: Tensor
-    """(3,) float64: scored positions, non-padding tokens, valid query-key pairs."""
+    """(4,) float64: scored slots, non-padding tokens, valid query-key pairs, those of a causal model."""
 
     @property
     def scored(self) -> Tensor:
@@ -80,3 +85,7 @@ class Counts:
     @property
     def pairs(self) -> Tensor:
         return self.vector[2]
+
+    @property
+    def causal_pairs(self) -> Tensor:
+        return self.vector[3]

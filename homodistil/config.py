@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from homodistil.errors import ConfigError
 from homodistil.recipe import Origin, explain, merge, read_recipe, recipe_path
+from homodistil.tasks import TASKS, Task, TaskName
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -48,6 +49,28 @@ class RunSection(Section):
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+
+class TaskConfig(Section):
+    """What the model is asked for; of a benchmark (GLUE, SQuAD) its examples as well."""
+
+    name: TaskName = "mlm"
+    """`mlm` or `clm`: masked or causal language modelling, on `data.shards`. Else a benchmark's task."""
+    path: Path | None = None
+    """Folder with a benchmark's own files (train.tsv and dev.tsv, or train*.json and dev*.json); by default its
+    Hugging Face dataset."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over a benchmark's training examples; `run.updates` follows from it."""
+    max_length: int = Field(default=128, ge=8)
+    """Tokens of an example at most; what is longer is cut, or, for SQuAD, becomes several windows."""
+    stride: int = Field(default=128, ge=1)
+    """Tokens that two windows of one SQuAD paragraph share."""
+    train_examples: int | None = Field(default=None, ge=1)
+    """Only so many training examples, a fixed part whatever the seed; all by default."""
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.name]
 
 
 class TeacherConfig(Section):
@@ -295,6 +318,7 @@ class RunConfig(Section):
     recipe: str = "quickstart"
     """Name of a recipe of this package, or path of a YAML file."""
     run: RunSection = RunSection()
+    task: TaskConfig = TaskConfig()
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
     knowledge: KnowledgeConfig = KnowledgeConfig()

@@ -74,7 +74,7 @@ def micro_batch_cost(
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
     with FlopCounterMode(display=False) as products, _Counter() as counter:
         knowledge = teacher(*as_tuple(rows) or ()) if teacher else None
-        total, _ = student(as_tuple(rows), knowledge, torch.ones(3, dtype=torch.float64, device="meta"))
+        total, _ = student(as_tuple(rows), knowledge, torch.ones(4, dtype=torch.float64, device="meta"))
         forward = products.get_total_flops()
         total.backward()
     trained = [p.numel() for p in student.parameters() if p.requires_grad]
@@ -154,9 +154,8 @@ def _full_batch(sequences: int, length: int, slots: int) -> Batch:
 
     tokens, scored = (sequences, length), (sequences, slots)
     weights = numbers(*scored, dtype=torch.float32)
-    return Batch(
-        numbers(*tokens), numbers(*tokens), numbers(*scored), numbers(*scored), weights, numbers(sequences), False
-    )
+    ids, mask, segments = (numbers(*tokens) for _ in range(3))
+    return Batch(ids, mask, segments, numbers(*scored), numbers(*scored), weights, numbers(sequences), False)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -79,6 +79,7 @@ def batch(sequences: int = 6, tokens: int = 24, slots: int = 4, seed: int = 0, v
     return Batch(
         input_ids=masked * attention_mask,
         attention_mask=attention_mask,
+        token_type_ids=torch.zeros_like(ids),
         scored_positions=positions,
         labels=labels,
         weights=real.float(),

@@ -50,6 +50,7 @@ class Masker:
         return Batch(
             input_ids=torch.from_numpy(ids_BT),
             attention_mask=torch.from_numpy(real_BT),
+            token_type_ids=torch.zeros(ids_BT.shape, dtype=torch.int64),
             scored_positions=torch.from_numpy(positions_BS),
             labels=torch.from_numpy(labels_BS),
             weights=torch.from_numpy(weights_BS),

@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from homodistil.batch import Batch
 from homodistil.models.groups import PrunableGroup
 from homodistil.models.shape import StudentShape, Widths
 from homodistil.signals import Signals
+from homodistil.tasks import Kind
+
+# B sequences, T tokens, D hidden width, S scored slots, V vocabulary, classes or positions
 
 
 class ModelFamily(Protocol):
-    """One object per architecture, without state. Parameter names are the Hugging Face model's own."""
+    """One object per architecture and kind of task, without state. Parameter names are the Hugging Face model's own."""
+
+    @property
+    def kind(self) -> Kind:
+        """What its models are asked for."""
+        ...
+
+    kinds: ClassVar[tuple[Kind, ...]]
+    """What models of this architecture can be asked for."""
+    causal: ClassVar[bool]
+    """Whether a token sees those before it alone."""
+    pre_norm: ClassVar[bool]
+    """Whether hidden states are what no LayerNorm has standardised."""
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """How the names of parameters begin that only this task's models have."""
+        ...
 
     def widths(self, config: PretrainedConfig) -> Widths:
         """The shape that a config describes. Raises `ShapeError` for what cannot be distilled."""
@@ -51,4 +72,12 @@ class ModelFamily(Protocol):
 
     def signals(self, model: PreTrainedModel, batch: Batch) -> Signals:
         """One forward pass; vocabulary logits only at the scored positions."""
+        ...
+
+    def head(self, model: PreTrainedModel) -> nn.Module:
+        """The modules of a model that make logits of its last layer's output."""
+        ...
+
+    def logits(self, head: nn.Module, states_BTD: Tensor, batch: Batch) -> Tensor:
+        """(B, S, V) of what a layer gave, or a filter made of it, through a `head`."""
         ...

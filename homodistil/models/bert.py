@@ -1,8 +1,8 @@
-"""BertFamily: what a BertForMaskedLM is made of. The only file that knows BERT's module names.
+"""BertFamily: what BERT and its heads are made of. The only file that knows BERT's module names.
 
 `BertForMaskedLM` carries no pooler and ties its decoder to the word embeddings; a config that says otherwise is
 refused by `widths`. Rows of the word, position and token-type embeddings, and the decoder's bias, are per word,
-position and type: no group owns them.
+position and type, and those of a task's head per class: no group owns them.
 """
 
 from __future__ import annotations
@@ -10,26 +10,46 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.models.bert.modeling_bert import BertForMaskedLM, BertSelfAttention
+from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from homodistil.batch import Batch
 from homodistil.errors import ShapeError
-from homodistil.models.groups import Member, PrunableGroup
+from homodistil.models.groups import Member, PrunableGroup, columns, norm, rows
+from homodistil.models.heads import at_slots, spans
 from homodistil.models.shape import HIDDEN, StudentShape, Widths, ffn, heads, nearest_stock, qk, vo
 from homodistil.signals import Signals
+from homodistil.tasks import Kind
 
 # B sequences, T tokens, D hidden width, S scored slots, V vocabulary
 
 WORDS = "bert.embeddings.word_embeddings"
 TRANSFORM = "cls.predictions.transform"
+POOLER = "bert.pooler.dense"
+HEADS: dict[Kind, tuple[str, ...]] = {
+    "masked": ("cls",),
+    "classification": ("bert.pooler", "classifier"),
+    "regression": ("bert.pooler", "classifier"),
+    "span": ("qa_outputs",),
+}
 
 
+@dataclass(frozen=True)
 class BertFamily:
-    """BERT with absolute positions and a tied masked-language-model head."""
+    """BERT with absolute positions; as a masked language model with a tied head."""
+
+    kind: Kind = "masked"
+    kinds: ClassVar[tuple[Kind, ...]] = tuple(HEADS)
+    causal: ClassVar[bool] = False
+    pre_norm: ClassVar[bool] = False
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        return HEADS[self.kind]
 
     def widths(self, config: PretrainedConfig) -> Widths:
         """The shape that a config describes. Raises `ShapeError` for decoders, untied heads and uneven heads."""
@@ -62,15 +82,15 @@ class BertFamily:
         return config
 
     def keep_layers(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
-        assert isinstance(model, BertForMaskedLM)
-        encoder = model.bert.encoder
+        encoder: Any = model.base_model.encoder
         encoder.layer = nn.ModuleList(encoder.layer[layer] for layer in layers)
-        for config in {id(module.config): module.config for module in (model, model.bert, encoder)}.values():
+        for config in {id(module.config): module.config for module in (model, model.base_model, encoder)}.values():
             config.num_hidden_layers = len(layers)
 
     def groups(self, shape: StudentShape) -> list[PrunableGroup]:
         """SPEC 1.2's table for a model of this shape; a head's group comes before those of its dimensions."""
-        groups = [PrunableGroup(HIDDEN, shape.widths.hidden, _hidden_members(shape.layers))]
+        members = _hidden_members(shape.layers) + _head_members(self.kind)
+        groups = [PrunableGroup(HIDDEN, shape.widths.hidden, members)]
         for layer in range(shape.layers):
             groups += [_ffn_group(layer, shape), _heads_group(layer, shape), *_head_width_groups(layer, shape)]
         return groups
@@ -108,22 +128,33 @@ class BertFamily:
 
         Modules are called and their parameters never read here, so that ZeRO-3 gathers them in time.
         """
-        assert isinstance(model, BertForMaskedLM)
-        outputs = model.bert(
+        outputs = model.base_model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask if batch.padded else None,
-            token_type_ids=torch.zeros_like(batch.input_ids),
+            token_type_ids=batch.token_type_ids,
             output_hidden_states=True,
             output_attentions=True,
         )
-        last_BTD = outputs.last_hidden_state
-        index_BSD = batch.scored_positions.unsqueeze(-1).expand(-1, -1, last_BTD.shape[-1])
         return Signals(
             hidden_states=tuple(outputs.hidden_states),
             queries_keys=tuple(outputs.attentions),
             attention_scale=next(_attentions(model)).scaling,
-            logits=model.cls(last_BTD.gather(1, index_BSD)),
+            logits=self.logits(self.head(model), outputs.last_hidden_state, batch),
         )
+
+    def head(self, model: Any) -> nn.Module:
+        """Masked: transform and decoder; a classifier's pooler, dropout and last map; a span's last map."""
+        if self.kind == "masked":
+            return model.cls
+        if self.kind == "span":
+            return model.qa_outputs
+        return nn.Sequential(model.bert.pooler, model.dropout, model.classifier)
+
+    def logits(self, head: nn.Module, states_BTD: Tensor, batch: Batch) -> Tensor:
+        """(B, S, V); a pooler takes the first token's state by itself."""
+        if self.kind == "masked":
+            return head(at_slots(states_BTD, batch))
+        return spans(head(states_BTD), batch) if self.kind == "span" else head(states_BTD).unsqueeze(1)
 
 
 def _attentions(model: nn.Module) -> Iterator[BertSelfAttention]:
@@ -132,28 +163,37 @@ def _attentions(model: nn.Module) -> Iterator[BertSelfAttention]:
 
 def _hidden_members(layers: int) -> tuple[Member, ...]:
     embeddings = "bert.embeddings"
-    members = _columns(WORDS) + _columns(f"{embeddings}.position_embeddings")
-    members += _columns(f"{embeddings}.token_type_embeddings")
-    members += _norm(f"{embeddings}.LayerNorm", written_by=(f"{WORDS}.weight", 1))
+    members = columns(WORDS) + columns(f"{embeddings}.position_embeddings")
+    members += columns(f"{embeddings}.token_type_embeddings")
+    members += norm(f"{embeddings}.LayerNorm", written_by=(f"{WORDS}.weight", 1))
     for name in map(_layer, range(layers)):
         for projection in ("query", "key", "value"):
-            members += _columns(f"{name}.attention.self.{projection}")
-        members += _columns(f"{name}.intermediate.dense")
+            members += columns(f"{name}.attention.self.{projection}")
+        members += columns(f"{name}.intermediate.dense")
         members += _writer(f"{name}.attention.output") + _writer(f"{name}.output")
-    return members + _writer(TRANSFORM) + _columns(f"{TRANSFORM}.dense")
+    return members
+
+
+def _head_members(kind: Kind) -> tuple[Member, ...]:
+    """A square map before the last one keeps the same dimensions on both axes."""
+    if kind == "masked":
+        return _writer(TRANSFORM) + columns(f"{TRANSFORM}.dense")
+    if kind == "span":
+        return columns("qa_outputs")
+    return rows(POOLER) + columns(POOLER) + columns("classifier")
 
 
 def _ffn_group(layer: int, shape: StudentShape) -> PrunableGroup:
     name = _layer(layer)
-    members = _rows(f"{name}.intermediate.dense") + _columns(f"{name}.output.dense")
+    members = rows(f"{name}.intermediate.dense") + columns(f"{name}.output.dense")
     return PrunableGroup(ffn(layer), shape.widths.ffn, members)
 
 
 def _heads_group(layer: int, shape: StudentShape) -> PrunableGroup:
     name, width = _layer(layer), shape.widths.head_width
-    members = _columns(f"{name}.attention.output.dense", width=width)
+    members = columns(f"{name}.attention.output.dense", width=width)
     for projection in ("query", "key", "value"):
-        members += _rows(f"{name}.attention.self.{projection}", width=width)
+        members += rows(f"{name}.attention.self.{projection}", width=width)
     return PrunableGroup(heads(layer), shape.widths.heads, members)
 
 
@@ -162,8 +202,8 @@ def _head_width_groups(layer: int, shape: StudentShape) -> list[PrunableGroup]:
     groups = []
     for position, head in enumerate(shape.kept[heads(layer)]):
         offset, parent = position * width, (heads(layer), position)
-        queries, keys, values = (_rows(f"{name}.attention.self.{p}", offset) for p in ("query", "key", "value"))
-        written = _columns(f"{name}.attention.output.dense", offset)
+        queries, keys, values = (rows(f"{name}.attention.self.{p}", offset) for p in ("query", "key", "value"))
+        written = columns(f"{name}.attention.output.dense", offset)
         groups.append(PrunableGroup(qk(layer, head), width, queries + keys, parent))
         groups.append(PrunableGroup(vo(layer, head), width, values + written, parent))
     return groups
@@ -173,25 +213,9 @@ def _layer(layer: int) -> str:
     return f"bert.encoder.layer.{layer}"
 
 
-def _rows(linear: str, offset: int = 0, width: int = 1) -> tuple[Member, ...]:
-    """Outputs of a linear map: its rows, with their biases."""
-    matrix = (f"{linear}.weight", 0)
-    return Member(*matrix, matrix, offset, width), Member(f"{linear}.bias", 0, matrix, offset, width)
-
-
-def _columns(linear: str, offset: int = 0, width: int = 1) -> tuple[Member, ...]:
-    """Inputs of a linear map, or the dimensions of an embedding."""
-    matrix = (f"{linear}.weight", 1)
-    return (Member(*matrix, matrix, offset, width),)
-
-
-def _norm(norm: str, written_by: tuple[str, int]) -> tuple[Member, ...]:
-    return Member(f"{norm}.weight", 0, written_by), Member(f"{norm}.bias", 0, written_by)
-
-
 def _writer(block: str) -> tuple[Member, ...]:
     """A dense map into the residual stream and the LayerNorm behind it."""
-    return _rows(f"{block}.dense") + _norm(f"{block}.LayerNorm", written_by=(f"{block}.dense.weight", 0))
+    return rows(f"{block}.dense") + norm(f"{block}.LayerNorm", written_by=(f"{block}.dense.weight", 0))
 
 
 def _write_widths(config: PretrainedConfig, widths: Widths) -> None:

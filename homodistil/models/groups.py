@@ -34,6 +34,23 @@ class PrunableGroup:
     parent: tuple[str, int] | None = None
 
 
+def rows(linear: str, offset: int = 0, width: int = 1) -> tuple[Member, ...]:
+    """Outputs of a linear map: its rows, with their biases."""
+    matrix = (f"{linear}.weight", 0)
+    return Member(*matrix, matrix, offset, width), Member(f"{linear}.bias", 0, matrix, offset, width)
+
+
+def columns(linear: str, offset: int = 0, width: int = 1) -> tuple[Member, ...]:
+    """Inputs of a linear map, or the dimensions of an embedding."""
+    matrix = (f"{linear}.weight", 1)
+    return (Member(*matrix, matrix, offset, width),)
+
+
+def norm(layer_norm: str, written_by: tuple[str, int]) -> tuple[Member, ...]:
+    """Gain and bias of a LayerNorm, scored with the matrix (and axis) that writes what it standardises."""
+    return Member(f"{layer_norm}.weight", 0, written_by), Member(f"{layer_norm}.bias", 0, written_by)
+
+
 Positions = Mapping[tuple[str, int], torch.Tensor]
 """(parameter, axis) -> kept positions along that axis, ascending, int64."""
 

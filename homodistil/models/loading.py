@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -22,12 +23,37 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from homodistil.errors import ConfigError, ModelError, nearest
 from homodistil.files import sha256
 from homodistil.models import family_of
+from homodistil.tasks import TASKS, Kind, Task
 
+AUTO_CLASSES: dict[Kind, Any] = {
+    "masked": AutoModelForMaskedLM,
+    "causal": AutoModelForCausalLM,
+    "classification": AutoModelForSequenceClassification,
+    "regression": AutoModelForSequenceClassification,
+    "span": AutoModelForQuestionAnswering,
+}
+"""What stock transformers loads a model of each kind with."""
+HEAD_WORDS: dict[Kind, str] = {
+    "masked": "masked-language-model",
+    "causal": "language-model",
+    "classification": "classifier's",
+    "regression": "regressor's",
+    "span": "question-answering",
+}
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 
@@ -48,39 +74,49 @@ def model_directory(name: str | Path) -> Path:
         ) from None
 
 
-def load_model(path: str | Path, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
-    """The masked language model in a Hugging Face directory, in `dtype`.
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype,
+    attention: str | None = None,
+    task: Task = TASKS["mlm"],
+    new_head: bool = False,
+) -> PreTrainedModel:
+    """The model in a Hugging Face directory, with a head for `task`, in `dtype`.
 
-    attention: name of a registered attention function; None for transformers' own choice. Raises `ModelError`
-    for what is missing, and for any weight that did not come from the directory or is all zero.
+    attention: name of a registered attention function; None for transformers' own choice. new_head: the directory need
+    not have this task's head; what is missing of it is drawn from torch's global generator. Raises `ModelError` for
+    what else is missing, and for any weight that did not come from the directory or is all zero.
     """
     path = model_directory(path)
-    config, files = load_config(path), weight_files(path)
+    config, files = load_config(path, task), weight_files(path)
     settings = {} if attention is None else {"attn_implementation": attention}
     try:
-        model, report = AutoModelForMaskedLM.from_pretrained(
+        model, report = AUTO_CLASSES[task.kind].from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **settings
         )
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise ModelError(f"{path}: the weights cannot be read: {error}. Copy or save the model again.") from error
-    faults = [f"'{name}' is missing, and would be new random numbers" for name in sorted(report["missing_keys"])]
+    excused = family_of(config, task.kind).head_names if new_head else ()
+    missing = [name for name in sorted(report["missing_keys"]) if not name.startswith(excused)]
+    mismatched = [fault for fault in sorted(report["mismatched_keys"]) if not fault[0].startswith(excused)]
+    faults = [f"'{name}' is missing, and would be new random numbers" for name in missing]
     faults += [
         f"'{name}' has shape {tuple(found)}, config.json expects {tuple(expected)}"
-        for name, found, expected in sorted(report["mismatched_keys"])
+        for name, found, expected in mismatched
     ]
     faults += [f"'{name}' is all zero" for name in _zero_weights(model)]
-    layers = sorted(name for name in report["unexpected_keys"] if ".layer." in name)
+    layers = sorted(name for name in report["unexpected_keys"] if re.search(r"\.(layer|h)\.\d", name))
     faults += [f"'{name}' belongs to no layer that config.json describes" for name in layers]
     if faults:
         raise ModelError(
             f"{', '.join(str(file) for file in files)}: {'; '.join(faults)}. Every weight of {type(model).__name__} "
-            "must be trained: use a checkpoint saved from that class, with its masked-language-model head."
+            f"must be trained: use a checkpoint saved from that class, with its {HEAD_WORDS[task.kind]} head."
         )
     return model
 
 
-def load_config(path: str | Path) -> PretrainedConfig:
-    """The config of a supported model in a directory. Raises `ModelError`."""
+def load_config(path: str | Path, task: Task = TASKS["mlm"]) -> PretrainedConfig:
+    """The config of a supported model in a directory, as it is for `task`. Raises `ModelError`."""
     path = model_directory(path)
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json here. Expected a Hugging Face model directory; check the path.")
@@ -88,7 +124,16 @@ def load_config(path: str | Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise ModelError(f"{path / 'config.json'} cannot be read: {error}. Save the model again.") from error
-    family_of(config)
+    family_of(config, task.kind)
+    return for_task(config, task)
+
+
+def for_task(config: PretrainedConfig, task: Task) -> PretrainedConfig:
+    """The config with a task's labels, in place; as it is for language modelling and spans."""
+    if task.kind in ("classification", "regression"):
+        names = task.classes or ("score",)
+        config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+        config.problem_type = "regression" if task.kind == "regression" else "single_label_classification"
     return config
 
 
@@ -124,19 +169,19 @@ def bert_config(fields: dict[str, Any], vocab_size: int) -> BertConfig:
     return config
 
 
-def new_model(config: PretrainedConfig, attention: str | None = None) -> PreTrainedModel:
+def new_model(config: PretrainedConfig, attention: str | None = None, kind: Kind = "masked") -> PreTrainedModel:
     """A fp32 model with new random weights, drawn from torch's global generator. It owns a copy of `config`."""
     settings = {} if attention is None else {"attn_implementation": attention}
-    return AutoModelForMaskedLM.from_config(copy.deepcopy(config), dtype=torch.float32, **settings)
+    return AUTO_CLASSES[kind].from_config(copy.deepcopy(config), dtype=torch.float32, **settings)
 
 
-def skeleton(config: PretrainedConfig, attention: str | None = None) -> PreTrainedModel:
+def skeleton(config: PretrainedConfig, attention: str | None = None, kind: Kind = "masked") -> PreTrainedModel:
     """A fp32 model whose parameters are on the meta device, to be narrowed, then `materialise`d.
 
     Its buffers are real. It owns a copy of `config`.
     """
     with torch.device("meta"):
-        model = new_model(config, attention)
+        model = new_model(config, attention, kind)
     for module in model.modules():
         if buffers := dict(module.named_buffers(recurse=False)):
             for name, buffer in buffers.items():

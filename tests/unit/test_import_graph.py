@@ -15,7 +15,7 @@ PACKAGE = ROOT / "homodistil"
 
 LAYERS = (
     {"errors", "files", "hardware", "quiet"},
-    {"recipe", "config", "ds_schema", "ds_config", "arguments", "schedule", "batch", "signals", "summary"},
+    {"recipe", "config", "ds_schema", "ds_config", "arguments", "schedule", "batch", "signals", "summary", "tasks"},
     {"ranks", "state", "fragments", "zero", "progress", "metrics", "watchdog", "preemption", "claim"},
     {"models", "kernels"},
     {"knowledge", "objective", "pruning", "data"},

@@ -59,6 +59,7 @@ def cropped(batch: Batch, of: Signals, row: int) -> tuple[Batch, Signals]:
     alone = Batch(
         input_ids=batch.input_ids[one, :length],
         attention_mask=batch.attention_mask[one, :length],
+        token_type_ids=batch.token_type_ids[one, :length],
         scored_positions=batch.scored_positions[one],
         labels=batch.labels[one],
         weights=batch.weights[one],
