@@ -84,8 +84,9 @@ class BertFamily:
     def keep_layers(self, model: PreTrainedModel, layers: Sequence[int]) -> None:
         encoder: Any = model.base_model.encoder
         encoder.layer = nn.ModuleList(encoder.layer[layer] for layer in layers)
-        for config in {id(module.config): module.config for module in (model, model.base_model, encoder)}.values():
-            config.num_hidden_layers = len(layers)
+        modules: tuple[Any, ...] = (model, model.base_model, encoder)
+        for module in modules:
+            module.config.num_hidden_layers = len(layers)
 
     def groups(self, shape: StudentShape) -> list[PrunableGroup]:
         """SPEC 1.2's table for a model of this shape; a head's group comes before those of its dimensions."""

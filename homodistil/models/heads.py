@@ -1,4 +1,4 @@
-"""What heads of all architectures share: the states at scored slots, and the logits of an answer's first and last token."""
+"""What heads of all architectures share: states at scored slots, logits of an answer's first and last token."""
 
 # B sequences, T tokens, D hidden width, S scored slots
 
