@@ -42,7 +42,7 @@ def show_forecast(plan: Plan, ranks: Ranks) -> None:
             plan.blueprint,
             plan.ladder,
             plan.start.widths,
-            plan.index.sequence_length,
+            plan.source.sequence_length,
             machine,
             plan.ds_config,
             plan.dtype,
@@ -109,8 +109,8 @@ def parameters_of(blueprint: Blueprint, widths: Widths) -> int:
 def update_flops(plan: Plan, widths: Widths) -> float:
     """Arithmetic of one update over all ranks: forward and backward of the student, forward of the teacher, the
     vocabulary projection at scored positions only. Attention maps, 2-3 % at 128 tokens, are left out."""
-    length, data = plan.index.sequence_length, plan.run.data
-    tokens, vocabulary = data.global_batch * length, plan.index.vocab_size
+    length, data = plan.source.sequence_length, plan.run.data
+    tokens, vocabulary = data.global_batch * length, plan.source.vocab_size
 
     def per_token(shape: Widths, layers: int) -> float:
         layer = 4 * shape.hidden * shape.heads * shape.head_width + 2 * shape.hidden * shape.ffn

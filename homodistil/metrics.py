@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from homodistil.config import ObjectiveConfig, RunConfig
+from homodistil.config import RunConfig
 from homodistil.files import write_durably
 from homodistil.progress import progress_bar
 from homodistil.ranks import Ranks
@@ -102,12 +102,13 @@ class Metrics:
         work: Work,
         learning_rate: float,
         gradient_norm: Tensor | float | None,
+        loss_weights: Scalars,
         bad_shards: int = 0,
     ) -> None:
         """Count one update; log it if it is due. Collective when due, that is every `run.log_every` updates.
 
         losses: this rank's share of each unweighted term, scalars on any device; summed over ranks they are the
-        update's. gradient_norm: before clipping. bad_shards: replaced so far.
+        update's. loss_weights: of each term in the total. gradient_norm: before clipping. bad_shards: replaced so far.
         """
         self._window.add(losses, work)
         self._tokens += work.tokens
@@ -117,7 +118,7 @@ class Metrics:
         seconds = self._clock.lap()
         means = self._window.means(self._ranks)
         scalars = {
-            **loss_scalars(self._run.objective, means),
+            **loss_scalars(loss_weights, means),
             "speed/tokens_per_second": self._window.work.tokens / seconds,
             "speed/utilisation": self._window.work.flops / seconds / (self._peak_flops * self._ranks.world_size),
             "memory/peak_bytes": float(peak_memory_bytes()),
@@ -132,7 +133,7 @@ class Metrics:
         if self._ranks.is_first:
             self._warn_of_a_spike(update, scalars["loss/total"])
             if self.prunes:
-                self._warn_of_faint_terms(scalars)
+                self._warn_of_faint_terms(scalars, loss_weights)
 
     def validation(self, update: int, measures: Mapping[str, float | None]) -> None:
         """Log held-out figures; what is None, for want of a teacher, is left out."""
@@ -199,10 +200,10 @@ class Metrics:
         if math.isfinite(total):
             self._totals.append(total)
 
-    def _warn_of_faint_terms(self, scalars: Scalars) -> None:
+    def _warn_of_faint_terms(self, scalars: Scalars, loss_weights: Scalars) -> None:
         shares = _group(scalars, "share")
         for name in shares.keys() - self._faint_terms:
-            if shares[name] < SMALLEST_SHARE and getattr(self._run.objective, name).weight > 0:
+            if shares[name] < SMALLEST_SHARE and loss_weights[name] > 0:
                 self._faint_terms.add(name)
                 message = (
                     "objective.%s is %.2g of the total loss, less than %g: it hardly steers the student. "
@@ -211,9 +212,9 @@ class Metrics:
                 logger.warning(message, name, shares[name], SMALLEST_SHARE, name)
 
 
-def loss_scalars(objective: ObjectiveConfig, losses: Scalars) -> dict[str, float]:
+def loss_scalars(weights: Scalars, losses: Scalars) -> dict[str, float]:
     """`loss/*`: the total and each unweighted term; `share/*`: each term's weighted part of the total."""
-    weighted = {name: getattr(objective, name).weight * loss for name, loss in losses.items()}
+    weighted = {name: weights[name] * loss for name, loss in losses.items()}
     total = sum(weighted.values())
     scalars = {"loss/total": total} | {f"loss/{name}": loss for name, loss in losses.items()}
     return scalars | {f"share/{name}": value / total if total else 0.0 for name, value in weighted.items()}

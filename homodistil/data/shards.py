@@ -130,6 +130,11 @@ class ShardIndex(BaseModel):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     @property
+    def mean_length(self) -> float:
+        """Tokens a sequence, on average: all are full."""
+        return float(self.sequence_length)
+
+    @property
     def tokenizer_name(self) -> str:
         """Folder of the tokenizer, below the shards'."""
         return "tokenizer"

@@ -30,6 +30,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     BertConfig,
+    GPT2Config,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -54,6 +55,8 @@ HEAD_WORDS: dict[Kind, str] = {
     "regression": "regressor's",
     "span": "question-answering",
 }
+CONFIGS: dict[Kind, Any] = {"masked": BertConfig, "causal": GPT2Config}
+"""What models are made from nothing."""
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 
@@ -150,22 +153,25 @@ def model_hash(path: str | Path) -> str:
     return sha256(*weight_files(path))
 
 
-def bert_config(fields: dict[str, Any], vocab_size: int) -> BertConfig:
-    """The config of a BERT made from nothing: a recipe's `student.config`. Raises `ConfigError`, `ShapeError`."""
-    known = sorted(field.name for field in dataclasses.fields(BertConfig))
+def new_config(fields: dict[str, Any], vocab_size: int, kind: Kind = "masked") -> PretrainedConfig:
+    """The config of a model made from nothing, a recipe's `student.config`: a BERT, or for causal language modelling a
+    GPT-2. Raises `ConfigError`, `ShapeError`."""
+    made = CONFIGS[kind]
+    known = sorted(field.name for field in dataclasses.fields(made))
     for name in fields:
         if name not in known:
-            raise ConfigError(f"student.config: unknown key '{name}'.{nearest(name, known)} Use fields of BertConfig.")
+            hint = nearest(name, known)
+            raise ConfigError(f"student.config: unknown key '{name}'.{hint} Use fields of {made.__name__}.")
     if fields.get("vocab_size", vocab_size) != vocab_size:
         raise ConfigError(
             f"student.config.vocab_size is {fields['vocab_size']}, but the shards' tokenizer has {vocab_size} tokens. "
             "Leave the key out."
         )
     try:
-        config = BertConfig(**{**fields, "vocab_size": vocab_size})
+        config = made(**{**fields, "vocab_size": vocab_size})
     except StrictDataclassError as error:
         raise ConfigError(f"student.config: {error}") from None
-    family_of(config).widths(config)
+    family_of(config, kind).widths(config)
     return config
 
 

@@ -14,12 +14,35 @@ from torch.nn import functional as F
 from homodistil.kernels.gram_attention import QueriesKeys, ScoreDifference
 from homodistil.kernels.precision import at_least_fp32, without_autocast
 from homodistil.kernels.squares import squared_error
+from homodistil.tasks import Kind
 
 
 def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, weights_BS: Tensor) -> Tensor:
-    """Sum over slots of weight * -log p(label), in nats: the masked-language-model loss (Devlin et al. 2019)."""
+    """Sum over slots of weight * -log p(label), in nats: of masked words (Devlin et al. 2019), next ones, classes."""
     losses = F.cross_entropy(at_least_fp32(logits_BSV).flatten(0, 1), labels_BS.flatten(), reduction="none")
     return (losses * weights_BS.flatten()).sum()
+
+
+def squared_differences(predicted_BS1: Tensor, wanted_BS: Tensor, weights_BS: Tensor) -> Tensor:
+    """Sum over slots of weight * (prediction - wanted)^2: a regression's loss, and its distance from its teacher."""
+    return (weights_BS * (at_least_fp32(predicted_BS1).squeeze(-1) - wanted_BS).square()).sum()
+
+
+def task_loss(kind: Kind, logits_BSV: Tensor, labels_BS: Tensor, weights_BS: Tensor) -> Tensor:
+    """Sum over slots of the loss that a kind of task is trained with."""
+    loss = squared_differences if kind == "regression" else cross_entropy
+    return loss(logits_BSV, labels_BS, weights_BS)
+
+
+def task_divergence(
+    kind: Kind, student_BSV: Tensor, teacher_BSV: Tensor, weights_BS: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Sum over slots of how far the student's predictions are from its teacher's: KL(teacher || student) in nats at
+    `temperature`; for a regression, which has no distribution, the squared difference."""
+    if kind == "regression":
+        return squared_differences(student_BSV, at_least_fp32(teacher_BSV).squeeze(-1), weights_BS)
+    student_log_p, teacher_log_p = (log_probabilities(logits, temperature) for logits in (student_BSV, teacher_BSV))
+    return divergence(student_log_p, teacher_log_p, weights_BS)
 
 
 def log_probabilities(logits_BSV: Tensor, temperature: float = 1.0) -> Tensor:

@@ -71,7 +71,7 @@ def test_losses_and_gradients_are_those_of_the_layers_that_stand_beside_each_oth
         assert parts[name].item() == pytest.approx(value.item(), rel=1e-5), name
     (twin.WEIGHTS["hidden"] * wanted["hidden"] + twin.WEIGHTS["attention"] * wanted["attention"]).backward()
     only = blueprint(SOURCE, MATCHED)
-    for term in ("mlm", "kl"):
+    for term in ("task", "kl"):
         student.objective.weights[term] = 0.0
     total, _ = student(as_tuple(rows), teacher(*as_tuple(rows) or ()), rows.counts().vector)
     total.backward()

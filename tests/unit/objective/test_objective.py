@@ -34,7 +34,7 @@ FORMS_AND_GRAMS = pytest.mark.parametrize(
     [(form, gram) for form in ("scores", "scores_centred") for gram in ("off", "auto", "on")]
     + [("probabilities", "auto")],
 )
-WEIGHTS = {"mlm": 1.0, "kl": 0.7, "hidden": 0.3, "attention": 0.2}
+WEIGHTS = {"task": 1.0, "kl": 0.7, "hidden": 0.3, "attention": 0.2}
 
 
 def _batch(sequences: int = 5, tokens: int = 9) -> Batch:
@@ -84,7 +84,7 @@ def _twin(student: Signals, teacher: Signals, batch: Batch, shape: StudentShape,
                 attention = attention + (maps[0] - maps[1]).pow(2).sum()
     slots, tokens, pairs = batch.weights.sum(), sum(lengths), sum(n * n for n in lengths)
     return {
-        "mlm": mlm / slots,
+        "task": mlm / slots,
         "kl": kl / slots,
         "hidden": hidden / tokens / (LAYERS + 1),
         "attention": attention / pairs / LAYERS / shape.widths.heads,
@@ -160,21 +160,21 @@ def test_a_student_equal_to_its_teacher_has_no_loss_but_mlm_whatever_the_aligner
         aligners = build_aligners(config.hidden, FULL, LAYERS + 1)
         parts = Objective(config, FULL, PerformanceConfig())(same, same, rows, rows.counts(), aligners).parts
         assert [parts[name].item() for name in ("kl", "hidden", "attention")] == [0, 0, 0]
-        assert parts["mlm"].item() > 0
+        assert parts["task"].item() > 0
 
 
 def test_a_term_of_weight_zero_is_not_computed() -> None:
     rows = _batch()
     losses = _losses(_config(hidden=0.0, kl=0.0), "auto", FULL, rows, rows.counts())
-    assert losses.parts.keys() == {"mlm", "attention"}
+    assert losses.parts.keys() == {"task", "attention"}
 
 
 def test_without_a_teacher_only_mlm_is_computed() -> None:
     rows = _batch()
     student = signals(rows, TEACHER, seed=0)
     losses = Objective(_config(), FULL, PerformanceConfig())(student, None, rows, rows.counts(), nn.ModuleList())
-    assert losses.parts.keys() == {"mlm"}
-    assert losses.total.item() == losses.parts["mlm"].item()
+    assert losses.parts.keys() == {"task"}
+    assert losses.total.item() == losses.parts["task"].item()
 
 
 def test_only_the_total_carries_gradients() -> None:
@@ -217,7 +217,7 @@ def test_a_batch_without_any_target_adds_nothing_and_stays_finite() -> None:
     rows = _batch()
     empty = Batch(**{**vars(rows), "weights": torch.zeros_like(rows.weights)})
     parts = _losses(_config(), "auto", FULL, empty, empty.counts()).parts
-    assert parts["mlm"].item() == 0 == parts["kl"].item()
+    assert parts["task"].item() == 0 == parts["kl"].item()
 
 
 def test_a_gram_form_of_probabilities_is_refused() -> None:
@@ -228,6 +228,6 @@ def test_a_gram_form_of_probabilities_is_refused() -> None:
 def test_an_objective_without_terms_is_refused() -> None:
     rows = _batch()
     with pytest.raises(ConfigError, match="weight 0"):
-        Objective(_config(mlm=0.0), FULL, PerformanceConfig())(
+        Objective(_config(task=0.0), FULL, PerformanceConfig())(
             signals(rows, TEACHER, 0), None, rows, rows.counts(), build_aligners(HiddenTerm(), FULL, 3)
         )
