@@ -23,8 +23,11 @@ CONTINUATION = "##"
 ROLES = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
 
 
-def open_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """A fast tokenizer from a Hugging Face directory, a tokenizer.json or a BERT vocab.txt. Raises `DataError`."""
+def open_tokenizer(path: Path, needed: Iterable[str] = tuple(ROLES)) -> PreTrainedTokenizerFast:
+    """A fast tokenizer from a Hugging Face directory, a tokenizer.json or a BERT vocab.txt.
+
+    needed: roles of special tokens that it must have; masked sequences need all. Raises `DataError`.
+    """
     if not path.exists():
         raise DataError(f"tokenizer {path}: no such file or folder. Give a Hugging Face directory or a vocab.txt.")
     try:
@@ -33,9 +36,9 @@ def open_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         raise DataError(f"tokenizer {path}: cannot be read ({error}). Give a Hugging Face directory.") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(f"tokenizer {path}: found {type(tokenizer).__name__}, expected one with a tokenizer.json.")
-    missing = [role for role in ROLES if getattr(tokenizer, role) is None]
+    missing = [role for role in needed if getattr(tokenizer, role) is None]
     if missing:
-        raise DataError(f"tokenizer {path}: has no {', '.join(missing)}. Masked sequences need all of {list(ROLES)}.")
+        raise DataError(f"tokenizer {path}: has no {', '.join(missing)}. Needed here: {', '.join(needed)}.")
     return tokenizer
 
 
