@@ -88,7 +88,7 @@ class Student(nn.Module):
     @classmethod
     def unfilled(cls, blueprint: Blueprint, shape: StudentShape) -> Student:
         """A student of `shape` whose weights are still to be loaded."""
-        model = skeleton(blueprint.student_config, blueprint.attention)
+        model = skeleton(blueprint.student_config, blueprint.attention, blueprint.family.kind)
         full = blueprint.full_shape
         narrow(model, kept_positions(blueprint.family.groups(full), shape.kept))
         materialise(model)
