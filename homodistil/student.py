@@ -83,7 +83,7 @@ class Student(nn.Module):
             self.aligners = nn.ModuleList()
         else:
             self.aligners = build_aligners(objective.hidden, shape, shape.layers + 1)
-        self.objective = Objective(objective, shape, blueprint.run.performance, blueprint.matched)
+        self.objective = Objective(objective, shape, blueprint.run.performance, blueprint.matched, self.family.causal)
 
     @classmethod
     def unfilled(cls, blueprint: Blueprint, shape: StudentShape) -> Student:

@@ -92,8 +92,9 @@ def gradient_norms(
     parameters = list(module.model.parameters())
     norms = {}
     for term in (name for name in ObjectiveConfig.model_fields if getattr(config, name).weight > 0):
+        whole = module.objective
         module.objective = Objective(
-            _only(term, config), module.shape, PerformanceConfig(), module.objective.matched
+            _only(term, config), module.shape, PerformanceConfig(), whole.matched, whole.causal, whole.hidden_variances
         ).to(ranks.device)
         gradients = [torch.zeros_like(p) for p in parameters]
         for batch in batches:
