@@ -115,6 +115,8 @@ class Student(nn.Module):
             blueprint.run.performance,
             layers=self.compared.student,
             kind=self.family.kind,
+            causal=self.family.causal,
+            hidden_variances=blueprint.hidden_variances,
         )
 
     @property

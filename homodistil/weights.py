@@ -15,12 +15,11 @@ from rich.table import Table
 from torch import Tensor
 
 from homodistil.batch import Batch
-from homodistil.config import ObjectiveConfig, PerformanceConfig, RunConfig
+from homodistil.config import ObjectiveConfig, RunConfig
 from homodistil.data.stream import Stream
 from homodistil.ds_config import DeepSpeedConfig
 from homodistil.engine import StudentEngine, TeacherEngine, started_ranks
 from homodistil.errors import ConfigError
-from homodistil.objective.objective import Objective
 from homodistil.opening import Plan, open_student, open_teacher, plan_run, provide_data
 from homodistil.progress import Bar, progress_bar
 from homodistil.pruning.coordinator import PruningCoordinator
@@ -92,9 +91,7 @@ def gradient_norms(
     parameters = list(module.model.parameters())
     norms = {}
     for term in (name for name in ObjectiveConfig.model_fields if getattr(config, name).weight > 0):
-        module.objective = Objective(
-            _only(term, config), module.shape, PerformanceConfig(), module.objective.layers, module.objective.kind
-        ).to(ranks.device)
+        module.objective.weights = {name: float(name == term) for name in ObjectiveConfig.model_fields}
         gradients = [torch.zeros_like(p) for p in parameters]
         for batch in batches:
             _add_gradients(gradients, module, parameters, batch.to(ranks.device), teacher, ranks)
@@ -116,13 +113,6 @@ def _add_gradients(
     for sum_, gradient in zip(gradients, torch.autograd.grad(total, parameters, allow_unused=True), strict=True):
         if gradient is not None:
             sum_ += gradient
-
-
-def _only(term: str, config: ObjectiveConfig) -> ObjectiveConfig:
-    alone = config.model_copy(deep=True)
-    for name in ObjectiveConfig.model_fields:
-        getattr(alone, name).weight = float(name == term)
-    return alone
 
 
 def _show(norms: dict[str, float]) -> None:

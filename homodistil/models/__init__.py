@@ -7,9 +7,10 @@ from transformers import PretrainedConfig
 from homodistil.errors import ModelError, nearest
 from homodistil.models.base import ModelFamily
 from homodistil.models.bert import BertFamily
+from homodistil.models.gpt2 import Gpt2Family
 from homodistil.tasks import Kind
 
-FAMILIES: dict[str, Callable[[Kind], ModelFamily]] = {"bert": BertFamily}
+FAMILIES: dict[str, Callable[[Kind], ModelFamily]] = {"bert": BertFamily, "gpt2": Gpt2Family}
 """Hugging Face `model_type` -> its family, given what its models are asked for."""
 
 

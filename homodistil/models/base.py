@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -65,9 +65,9 @@ class ModelFamily(Protocol):
         nearest widths that a stock config can express."""
         ...
 
-    def fold_attention_scale(self, shape: StudentShape) -> dict[str, float]:
-        """Parameter -> factor that makes a stock model, which scales by its own head width, compute the
-        same scores: sqrt(d_new / d_original) on each query weight and bias."""
+    def fold_attention_scale(self, shape: StudentShape) -> Mapping[str, float | Tensor]:
+        """Parameter -> factor, or factors that broadcast with it, with which a stock model, which scales by its own
+        head width, computes the same scores: sqrt(d_new / d_original) on each query weight and bias."""
         ...
 
     def signals(self, model: PreTrainedModel, batch: Batch) -> Signals:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from homodistil.batch import Batch, Counts
 from homodistil.config import ObjectiveConfig, PerformanceConfig
 from homodistil.errors import ConfigError
-from homodistil.kernels.gram_attention import QueriesKeys, direct, gram, prefers_gram
+from homodistil.kernels import gram_attention
+from homodistil.kernels.gram_attention import QueriesKeys, ScoreDifference
 from homodistil.kernels.vocabulary import cross_entropy_and_divergence
 from homodistil.models.shape import StudentShape
 from homodistil.objective import losses
@@ -46,18 +47,21 @@ class Objective(nn.Module):
         performance: PerformanceConfig,
         layers: Sequence[int] | None = None,
         kind: Kind = "masked",
+        causal: bool = False,
+        hidden_variances: Sequence[float] | None = None,
     ) -> None:
-        """layers: those of the student's that are compared, all by default. Raises `ConfigError` for a Gram form that
-        does not exist."""
+        """layers: those of the student's that are compared, all by default. causal: whether a token sees those before
+        it alone. hidden_variances: for each compared hidden state, what its squared difference is divided by (SPEC 1.1:
+        the teacher's variance, of pre-norm families); None: 1. Raises `ConfigError` for a Gram form that does not exist.
+        """
         super().__init__()
+        self.causal = causal
+        self.hidden_variances = hidden_variances
         self.config, self.gram, self.fused = config, performance.gram_attention, performance.fused_vocabulary
         self.layers, self.kind = tuple(range(shape.layers) if layers is None else layers), kind
         self.weights = {name: getattr(config, name).weight for name in type(config).model_fields}
-        if self.gram == "on" and self.weights["attention"] > 0 and config.attention.form == "probabilities":
-            raise ConfigError(
-                "performance.gram_attention: found on, but objective.attention.form: probabilities has no Gram form. "
-                "Set gram_attention to auto, or the form to scores or scores_centred."
-            )
+        if self.gram == "on" and self.weights["attention"] > 0:
+            _refuse_gram(config.attention.form, causal)
         attended = self.layers if self.weights["attention"] > 0 else ()
         self.pairings = nn.ModuleList(HeadPairing(shape, layer) for layer in attended)
 
@@ -115,9 +119,10 @@ class Objective(nn.Module):
         self, student: Signals, teacher: Signals, batch: Batch, counts: Counts, aligners: Iterable[nn.Module]
     ) -> Tensor:
         """Mean over the states that are compared."""
-        states = zip(aligners, student.hidden_states, teacher.hidden_states, strict=True)
-        aligned = [align(s, t) for align, s, t in states]
-        differences = [losses.hidden_difference(s, t, batch.attention_mask) for s, t in aligned]
+        compared = list(zip(aligners, student.hidden_states, teacher.hidden_states, strict=True))
+        variances = self.hidden_variances or [1.0] * len(compared)
+        aligned = [(*align(s, t), v) for (align, s, t), v in zip(compared, variances, strict=True)]
+        differences = [losses.hidden_difference(s, t, batch.attention_mask, variance) for s, t, variance in aligned]
         return over(torch.stack(differences).mean(), counts.tokens)
 
     def _attention(self, student: Signals, teacher: Signals, batch: Batch, counts: Counts) -> Tensor:
@@ -127,21 +132,37 @@ class Objective(nn.Module):
             self._layer_attention(s, pair(t), batch.attention_mask, student.attention_scale) for pair, s, t in layers
         ]
         heads = student.queries_keys[0][0].shape[1]
-        return over(torch.stack(differences).mean() / heads, counts.pairs)
+        return over(torch.stack(differences).mean() / heads, counts.causal_pairs if self.causal else counts.pairs)
 
     def _layer_attention(self, student: QueriesKeys, teacher: QueriesKeys, valid_BT: Tensor, scale: float) -> Tensor:
         form = self.config.attention.form
         if form == "probabilities":
-            return losses.probability_difference(student, teacher, valid_BT, scale)
+            return losses.probability_difference(student, teacher, valid_BT, scale, self.causal)
         if form == "scores_centred":
-            student, teacher = losses.centred(student, valid_BT), losses.centred(teacher, valid_BT)
-        uses_gram = self.gram == "on" or (self.gram == "auto" and _gram_is_cheaper(student, teacher))
-        return losses.score_difference(student, teacher, valid_BT, scale, gram if uses_gram else direct)
+            centred = losses.causally_centred if self.causal else losses.centred
+            student, teacher = centred(student, valid_BT), centred(teacher, valid_BT)
+        return losses.score_difference(student, teacher, valid_BT, scale, self._exact_form(student, teacher))
+
+    def _exact_form(self, student: QueriesKeys, teacher: QueriesKeys) -> ScoreDifference:
+        """The cheapest that gives the exact sum."""
+        if self.causal:
+            return gram_attention.causal
+        tokens, width = student[0].shape[-2:]
+        cheaper = self.gram == "auto" and gram_attention.prefers_gram(tokens, width, teacher[0].shape[-1])
+        return gram_attention.gram if self.gram == "on" or cheaper else gram_attention.direct
 
 
-def _gram_is_cheaper(student: QueriesKeys, teacher: QueriesKeys) -> bool:
-    tokens, width = student[0].shape[-2:]
-    return prefers_gram(tokens, width, teacher[0].shape[-1])
+def _refuse_gram(form: str, causal: bool) -> None:
+    if causal:
+        raise ConfigError(
+            "performance.gram_attention: found on, but a causal model's attention loss has no Gram form: its mask does "
+            "not factorise. Set gram_attention to auto."
+        )
+    if form == "probabilities":
+        raise ConfigError(
+            "performance.gram_attention: found on, but objective.attention.form: probabilities has no Gram form. "
+            "Set gram_attention to auto, or the form to scores or scores_centred."
+        )
 
 
 def over(total: Tensor, count: Tensor) -> Tensor:
