@@ -21,7 +21,8 @@ from homodistil.machines import GIB, Machine
 from homodistil.models import family_of
 from homodistil.models.attention import attention_implementation
 from homodistil.models.shape import Widths
-from homodistil.opening import Plan, check_length, original_config, plan_shapes
+from homodistil.checks import check_length
+from homodistil.opening import Plan, original_config, plan_shapes
 from homodistil.planning import Outlook, Planner, Update, bound_by_communication
 from homodistil.progress import progress_bar
 from homodistil.ranks import Ranks
@@ -77,7 +78,7 @@ def show_plan(
             f"{ds_config.path}: bf16 is not enabled, and the speeds of GPUs here are bf16's. Plan with bf16, or use "
             "`pretrain --dry_run` on the machine itself."
         )
-    blueprint = Blueprint(family_of(config), config, run, attention_implementation("sdpa"))
+    blueprint = Blueprint(family_of(config, run.task.task.kind), config, run, attention_implementation("sdpa"))
     start, ladder = plan_shapes(blueprint)
     planner = Planner(blueprint, ladder, start.widths, tokens, machine, ds_config, ds_config.dtype)
     _count(planner)
@@ -114,7 +115,7 @@ def update_flops(plan: Plan, widths: Widths) -> float:
 
     def per_token(shape: Widths, layers: int) -> float:
         layer = 4 * shape.hidden * shape.heads * shape.head_width + 2 * shape.hidden * shape.ffn
-        head = data.mask_probability * (vocabulary + shape.hidden) * shape.hidden
+        head = slots / length * (vocabulary + shape.hidden) * shape.hidden
         return 2 * (layers * layer + head)
 
     whole = plan.family.widths(plan.blueprint.config), plan.family.layers(plan.blueprint.config)

@@ -65,10 +65,18 @@ class Metrics:
     """
 
     def __init__(
-        self, run: RunConfig, ranks: Ranks, peak_flops: float, start: int = 0, progress: Progress | None = None
+        self,
+        run: RunConfig,
+        ranks: Ranks,
+        peak_flops: float,
+        start: int = 0,
+        progress: Progress | None = None,
+        loss_weights: Scalars | None = None,
     ) -> None:
         """peak_flops: FLOP/s of one rank's plain matrix product. start: updates done by earlier processes, of which
-        `progress` is what they had counted."""
+        `progress` is what they had counted. loss_weights: of the terms in the total; the objective's by default."""
+        terms = type(run.objective).model_fields
+        self._loss_weights = loss_weights or {name: getattr(run.objective, name).weight for name in terms}
         progress = progress or Progress()
         self._run, self._ranks, self._peak_flops, self.start = run, ranks, peak_flops, start
         self._clock = _Clock(progress.seconds)
@@ -102,13 +110,12 @@ class Metrics:
         work: Work,
         learning_rate: float,
         gradient_norm: Tensor | float | None,
-        loss_weights: Scalars,
         bad_shards: int = 0,
     ) -> None:
         """Count one update; log it if it is due. Collective when due, that is every `run.log_every` updates.
 
         losses: this rank's share of each unweighted term, scalars on any device; summed over ranks they are the
-        update's. loss_weights: of each term in the total. gradient_norm: before clipping. bad_shards: replaced so far.
+        update's. gradient_norm: before clipping. bad_shards: replaced so far.
         """
         self._window.add(losses, work)
         self._tokens += work.tokens
@@ -118,7 +125,7 @@ class Metrics:
         seconds = self._clock.lap()
         means = self._window.means(self._ranks)
         scalars = {
-            **loss_scalars(loss_weights, means),
+            **loss_scalars(self._loss_weights, means),
             "speed/tokens_per_second": self._window.work.tokens / seconds,
             "speed/utilisation": self._window.work.flops / seconds / (self._peak_flops * self._ranks.world_size),
             "memory/peak_bytes": float(peak_memory_bytes()),
@@ -133,7 +140,7 @@ class Metrics:
         if self._ranks.is_first:
             self._warn_of_a_spike(update, scalars["loss/total"])
             if self.prunes:
-                self._warn_of_faint_terms(scalars, loss_weights)
+                self._warn_of_faint_terms(scalars)
 
     def validation(self, update: int, measures: Mapping[str, float | None]) -> None:
         """Log held-out figures; what is None, for want of a teacher, is left out."""
@@ -200,10 +207,10 @@ class Metrics:
         if math.isfinite(total):
             self._totals.append(total)
 
-    def _warn_of_faint_terms(self, scalars: Scalars, loss_weights: Scalars) -> None:
+    def _warn_of_faint_terms(self, scalars: Scalars) -> None:
         shares = _group(scalars, "share")
         for name in shares.keys() - self._faint_terms:
-            if shares[name] < SMALLEST_SHARE and loss_weights[name] > 0:
+            if shares[name] < SMALLEST_SHARE and self._loss_weights[name] > 0:
                 self._faint_terms.add(name)
                 message = (
                     "objective.%s is %.2g of the total loss, less than %g: it hardly steers the student. "

@@ -96,9 +96,9 @@ class Plan:
     @property
     def tokenizer(self) -> Path:
         """Where the tokenizer lies that made the run's tokens."""
-        if isinstance(self.source, ShardIndex):
-            return self.run.data.shards / self.source.tokenizer_name
-        return self.source.tokenizer
+        if isinstance(self.source, TaskData):
+            return self.source.tokenizer
+        return self.run.data.shards / ShardIndex.tokenizer_name
 
     @property
     def dtype(self) -> torch.dtype:
@@ -123,9 +123,7 @@ class Plan:
 
 def plan_run(run: RunConfig, source: Source, ds_config: DeepSpeedConfig, world_size: int) -> Plan:
     """Check that batch, data, teacher and target shape belong together. Raises the error to act on."""
-    if isinstance(source, TaskData) and run.task.epochs is not None:
-        run = run.model_copy(deep=True)
-        run.run.updates = updates_for(run.task.epochs, source.count("train"), run.data.global_batch)
+    run = _with_updates(run, source)
     checks.check_batches(run, source, ds_config, world_size)
     checks.check_destination(run)
     checks.check_tokenizer(run, source)
@@ -135,6 +133,15 @@ def plan_run(run: RunConfig, source: Source, ds_config: DeepSpeedConfig, world_s
     start, ladder = plan_shapes(blueprint)
     checks.check_filters(blueprint)
     return Plan(run, ds_config, source, blueprint, start, ladder)
+
+
+def _with_updates(run: RunConfig, source: Source) -> RunConfig:
+    """`run` with as many updates as its passes over a benchmark's examples take."""
+    if not isinstance(source, TaskData) or run.task.epochs is None:
+        return run
+    run = run.model_copy(deep=True)
+    run.run.updates = updates_for(run.task.epochs, source.count("train"), run.data.global_batch)
+    return run
 
 
 def draw_blueprint(run: RunConfig, vocab_size: int) -> Blueprint:
@@ -220,7 +227,7 @@ def open_training(plan: Plan, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> Trai
         pruner=pruner,
         checkpoints=checkpoints,
         health=Health(run.health, ranks, state.progress.skipped_in_a_row),
-        metrics=Metrics(run, ranks, peak_flops, state.update, state.progress),
+        metrics=Metrics(run, ranks, peak_flops, state.update, state.progress, student.loss_weights),
         held_out=held_out,
     )
 
@@ -233,9 +240,9 @@ def forget_ending(run: RunConfig) -> None:
 def open_stream(plan: Plan, ranks: Ranks, bad_shards: Iterable[str] = ()) -> Stream | TaskStream:
     """The run's batches, in its own order."""
     run = plan.run
-    if isinstance(plan.source, ShardIndex):
-        return Stream(run.data, run.run.seed, ranks, bad_shards)
-    return TaskStream(plan.source, run.data, run.run.seed, ranks, last_token=plan.family.causal)
+    if isinstance(plan.source, TaskData):
+        return TaskStream(plan.source, run.data, run.run.seed, ranks, last_token=plan.family.causal)
+    return Stream(run.data, run.run.seed, ranks, bad_shards)
 
 
 def open_teacher(plan: Plan, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> TeacherEngine | None:

@@ -97,8 +97,8 @@ def record(training: Training, losses: Mapping[str, Tensor], rate: float) -> Non
     """Log the update's losses, rate and throughput. Collective when a point is due."""
     plan, student = training.plan, training.student
     work = Work(plan.tokens_per_update, update_flops(plan, student.shape.widths))
-    bad_shards, weights = len(training.stream.bad_shards), student.loss_weights
-    training.metrics.record(training.update, losses, work, rate, student.gradient_norm, weights, bad_shards)
+    bad_shards = len(training.stream.bad_shards)
+    training.metrics.record(training.update, losses, work, rate, student.gradient_norm, bad_shards)
 
 
 def validate(training: Training) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import webdataset as wds
@@ -68,6 +68,8 @@ class ShardIndex(BaseModel):
     """index.json: everything a reader must know before it opens a shard."""
 
     format_version: int = FORMAT_VERSION
+    task: Literal["mlm", "clm"] = "mlm"
+    """What the sequences are for."""
     sequence_length: int
     dtype: Literal["uint16", "uint32"]
     vocab_size: int
@@ -134,10 +136,8 @@ class ShardIndex(BaseModel):
         """Tokens a sequence, on average: all are full."""
         return float(self.sequence_length)
 
-    @property
-    def tokenizer_name(self) -> str:
-        """Folder of the tokenizer, below the shards'."""
-        return "tokenizer"
+    tokenizer_name: ClassVar[str] = "tokenizer"
+    """Folder of the tokenizer, below the shards'."""
 
 
 def write_shard(path: Path, blocks: Iterable[Sequences]) -> ShardEntry:

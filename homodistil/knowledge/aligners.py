@@ -85,9 +85,12 @@ class FilterAligner(nn.Module):
         return (Member(f"{prefix}.filter.{self.filter.entrance}", axis=1, scored_with=None),)
 
 
-def build_aligners(term: HiddenTerm, shape: StudentShape, states: int, teacher_width: int) -> nn.ModuleList:
-    """One aligner for each of `states` hidden states that are compared, for a student of `shape`."""
-    kept = shape.kept[HIDDEN]
+def build_aligners(
+    term: HiddenTerm, shape: StudentShape, states: int, teacher_width: int | None = None
+) -> nn.ModuleList:
+    """One aligner for each of `states` hidden states that are compared, for a student of `shape`. teacher_width: by
+    default that of the model which the student was pruned out of."""
+    kept, teacher_width = shape.kept[HIDDEN], teacher_width or shape.teacher.hidden
     if term.aligner == "indexed":
         return nn.ModuleList(IndexedAligner(kept) for _ in range(states))
     return nn.ModuleList(ProjectionAligner(kept, teacher_width, term.projection_init) for _ in range(states))

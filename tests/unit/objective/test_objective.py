@@ -104,7 +104,7 @@ def _seen(scores: Tensor, form: str) -> Tensor:
 @FORMS
 @pytest.mark.parametrize("shape", [FULL, narrow_shape()], ids=["full", "narrow"])
 def test_a_causal_models_attention_is_compared_up_to_the_diagonal(form: str, shape: StudentShape) -> None:
-    rows, config = _batch(), _config(form, mlm=0, kl=0, hidden=0, attention=1)
+    rows, config = _batch(), _config(form, task=0, kl=0, hidden=0, attention=1)
     student, teacher = signals(rows, shape.widths, seed=0), signals(rows, TEACHER, seed=1)
     objective = Objective(config, shape, PerformanceConfig(), causal=True)
     found = objective(student, teacher, rows, rows.counts(), _aligners(config, shape)).total
@@ -116,7 +116,7 @@ def test_a_causal_models_attention_is_compared_up_to_the_diagonal(form: str, sha
 
 
 def test_each_hidden_state_is_compared_in_units_of_its_variance() -> None:
-    rows, config = _batch(), _config(mlm=0, kl=0, hidden=1, attention=0)
+    rows, config = _batch(), _config(task=0, kl=0, hidden=1, attention=0)
     student, teacher = signals(rows, TEACHER, seed=0), signals(rows, TEACHER, seed=1)
     variances = [0.5, 3.0, 40.0]
     objective = Objective(config, FULL, PerformanceConfig(), hidden_variances=variances)
