@@ -398,6 +398,21 @@ class RunConfig(Section):
         run._origin = origin
         return run
 
+    def with_filter_folders(self) -> RunConfig:
+        """Where filters are compared: the folders that launchers/learn_filters.py leaves for this run, unless others
+        are named. A student that starts as its teacher has its teacher's."""
+        if self.objective.hidden.aligner != "filter" or self.objective.hidden.weight == 0 or self.teacher.path is None:
+            return self
+        run = self.model_copy(deep=True)
+        run.teacher.filters = run.teacher.filters or run.filter_folder("teacher")
+        if run.student.path is not None:
+            run.student.filters = run.student.filters or run.filter_folder("student")
+        return run
+
+    def filter_folder(self, of: str) -> Path:
+        """Where the filters that are learned for this run end up."""
+        return self.run.directory / f"{self.run.name}-{of}_filters" / "filters"
+
     def origin(self, key: str) -> str | None:
         """Where `section.field` was set, in words; None when it is still this file's default."""
         section, field = key.split(".")

@@ -27,6 +27,7 @@ from homodistil.planning import Outlook, Planner, Update, bound_by_communication
 from homodistil.progress import progress_bar
 from homodistil.ranks import Ranks
 from homodistil.student import Blueprint, Student
+from homodistil.tasks import Kind
 
 WELL_KNOWN = {"google-bert/bert-base-uncased": BertConfig}
 """Teachers whose widths are known, so that no network is asked for them."""
@@ -110,17 +111,17 @@ def parameters_of(blueprint: Blueprint, widths: Widths) -> int:
 def update_flops(plan: Plan, widths: Widths) -> float:
     """Arithmetic of one update over all ranks: forward and backward of the student, forward of the teacher, the
     vocabulary projection at scored positions only. Attention maps, 2-3 % at 128 tokens, are left out."""
-    length, data = plan.source.sequence_length, plan.run.data
-    tokens, vocabulary = data.global_batch * length, plan.source.vocab_size
+    shares: dict[Kind, float] = {"masked": plan.run.data.mask_probability, "causal": 1.0}
+    scored, vocabulary = shares.get(plan.task.kind, 0.0), plan.source.vocab_size
 
     def per_token(shape: Widths, layers: int) -> float:
         layer = 4 * shape.hidden * shape.heads * shape.head_width + 2 * shape.hidden * shape.ffn
-        head = slots / length * (vocabulary + shape.hidden) * shape.hidden
+        head = scored * (vocabulary + shape.hidden) * shape.hidden
         return 2 * (layers * layer + head)
 
-    whole = plan.family.widths(plan.blueprint.config), plan.family.layers(plan.blueprint.config)
-    teacher = per_token(*whole) if plan.run.teacher.path else 0.0
-    return tokens * (3 * per_token(widths, plan.start.layers) + teacher)
+    config = plan.blueprint.teacher_config
+    teacher = per_token(plan.family.widths(config), plan.family.layers(config)) if plan.run.teacher.path else 0.0
+    return plan.tokens_per_update * (3 * per_token(widths, plan.start.layers) + teacher)
 
 
 def _config(run: RunConfig, vocab_size: int) -> PretrainedConfig:

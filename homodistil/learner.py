@@ -50,7 +50,10 @@ class FilterLearner(nn.Module):
         self.model = model.requires_grad_(False)
         width = blueprint.family.widths(blueprint.config).hidden
         self.filters = nn.ModuleDict(
-            {str(layer): Filter(width, blueprint.teacher_width, config.hidden, config.activation) for layer in self.layers}
+            {
+                str(layer): Filter(width, blueprint.teacher_width, config.hidden, config.activation)
+                for layer in self.layers
+            }
         )
         if config.init == "identity":
             for module in self.filters.values():

@@ -84,7 +84,9 @@ class RunSummary(Figures):
     def metrics(self) -> list[str]:
         """Names of a benchmark's own figures, besides accuracy, which every score has."""
         scores = self.validation.student if self.validation else {}
-        return [name for name in scores if name != "accuracy" and not name.startswith(("mlm_", "clm_", "task_", "tokens_"))]
+        return [
+            name for name in scores if name != "accuracy" and not name.startswith(("mlm_", "clm_", "task_", "tokens_"))
+        ]
 
     @property
     def headings(self) -> list[str]:

@@ -29,6 +29,7 @@ def pretrain(
     run: RunConfig, ds_config: DeepSpeedConfig, teacher_ds_config: DeepSpeedConfig, dry_run: bool = False
 ) -> None:
     """What `launchers/pretrain.py` does: provide what is missing, check everything, then train. Collective."""
+    run = run.with_filter_folders()
     with started_ranks() as ranks:
         if not dry_run:
             ranks.once(lambda: forget_ending(run))

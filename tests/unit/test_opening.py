@@ -180,7 +180,10 @@ def test_a_teacher_with_a_layer_that_its_config_forgets_is_refused(tmp_path: Pat
         ({"student": {"layers": []}}, ["student.layers", "0 to 2"]),
         ({"student": {"layers": [1, 0]}}, ["student.layers", "in order"]),
         ({"student": {"layers": [1, 1]}}, ["student.layers", "once"]),
-        ({"student": {"layers": [0]}, "knowledge": {"layers": [0, 1]}}, ["knowledge.layers", "found 2", "but 1 of the student's"]),
+        (
+            {"student": {"layers": [0]}, "knowledge": {"layers": [0, 1]}},
+            ["knowledge.layers", "found 2", "but 1 of the student's"],
+        ),
         ({"knowledge": {"layers": [0, 1, 7]}}, ["knowledge.layers", "0 to 2"]),
     ],
 )
