@@ -137,6 +137,15 @@ class Windows:
     """(N,): whose window it is."""
     characters: NDArray[np.int32]
     """(tokens, 2): where each of `encoded.ids` begins and ends in its paragraph; `OUTSIDE` for all other tokens."""
+    null: NDArray[np.int64]
+    """(N,): the token that stands for no answer."""
+
+    def of_paragraph(self, numbers: NDArray[np.int64], width: int) -> NDArray[np.bool_]:
+        """(B, width): which tokens of these windows, padded, an answer can be made of."""
+        real_BT = np.arange(width) < self.encoded.lengths[numbers][:, None]
+        places_BT = self.encoded.bounds[numbers][:, None] + np.arange(width)
+        real_BT[real_BT] = self.characters[places_BT[real_BT], 0] != OUTSIDE
+        return real_BT
 
 
 def windows(tokenizer: Any, questions: list[Question], max_length: int, stride: int) -> Windows:
@@ -152,16 +161,17 @@ def windows(tokenizer: Any, questions: list[Question], max_length: int, stride: 
         )
     settings = {"truncation": "only_second", "max_length": max_length, "stride": stride}
     texts = [text for text, _ in asked], [question.context for question in questions]
-    owners, characters = [], []
+    owners, characters, nulls = [], [], []
 
     def labelled() -> Iterator[tuple[Any, tuple[int, int]]]:
         for owner, encoding in encode(tokenizer, *texts, return_overflowing_tokens=True, **settings):
             owners.append(owner)
             characters.append(_characters(encoding))
-            yield encoding, _span(questions[owner], characters[-1], _null(encoding.ids, tokenizer.cls_token_id))
+            nulls.append(_null(encoding.ids, tokenizer.cls_token_id))
+            yield encoding, _span(questions[owner], characters[-1], nulls[-1])
 
     encoded = gather(labelled(), np.int64, has_types(tokenizer))
-    return Windows(encoded, questions, np.array(owners, dtype=np.int64), np.concatenate(characters))
+    return Windows(encoded, questions, np.array(owners), np.concatenate(characters), np.array(nulls))
 
 
 def _cut(tokenizer: Any, texts: Sequence[str]) -> list[tuple[str, int]]:
