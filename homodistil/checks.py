@@ -146,12 +146,12 @@ def check_alignment(blueprint: Blueprint) -> None:
             f"objective.hidden.aligner: indexed, but the student starts as {run.student.path}, whose dimensions are "
             "none of the teacher's. Set it to projection or filter."
         )
-    if term.weight > 0 and term.aligner == "projection" and term.projection_init == "identity":
-        if own.hidden != other.hidden:
-            raise ConfigError(
-                f"objective.hidden.projection_init: identity, but the student is {own.hidden} wide and the teacher "
-                f"{other.hidden}. Set it to random."
-            )
+    is_identity = term.aligner == "projection" and term.projection_init == "identity"
+    if term.weight > 0 and is_identity and own.hidden != other.hidden:
+        raise ConfigError(
+            f"objective.hidden.projection_init: identity, but the student is {own.hidden} wide and the teacher "
+            f"{other.hidden}. Set it to random."
+        )
     if attention.weight > 0 and (own.heads, own.head_width) != (other.heads, other.head_width):
         raise ConfigError(
             f"objective.attention.weight is {attention.weight}, but the student {run.student.path} has {own.heads} "

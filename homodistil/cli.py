@@ -52,7 +52,7 @@ class FilterLaunch(Launch):
 class SeededLaunch(Launch):
     """How often, too."""
 
-    seeds: list[int] = [0]
+    seeds: list[int] = Field(default=[0])
     """A run for each, such as 1,2,3; they are summed up as mean and deviation."""
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import BertConfig, PretrainedConfig
 
+from homodistil.checks import check_length
 from homodistil.config import RunConfig
 from homodistil.data.shards import ShardIndex
 from homodistil.ds_config import DeepSpeedConfig, micro_batch_size
@@ -21,7 +22,6 @@ from homodistil.machines import GIB, Machine
 from homodistil.models import family_of
 from homodistil.models.attention import attention_implementation
 from homodistil.models.shape import Widths
-from homodistil.checks import check_length
 from homodistil.opening import Plan, original_config, plan_shapes
 from homodistil.planning import Outlook, Planner, Update, bound_by_communication
 from homodistil.progress import progress_bar

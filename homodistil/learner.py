@@ -48,13 +48,9 @@ class FilterLearner(nn.Module):
         blueprint.family.configure(model, shape)
         prepare_for_training(model, blueprint.run)
         self.model = model.requires_grad_(False)
-        width = blueprint.family.widths(blueprint.config).hidden
-        self.filters = nn.ModuleDict(
-            {
-                str(layer): Filter(width, blueprint.teacher_width, config.hidden, config.activation)
-                for layer in self.layers
-            }
-        )
+        widths = blueprint.family.widths(blueprint.config).hidden, blueprint.teacher_width
+        made = {str(layer): Filter(*widths, config.hidden, config.activation) for layer in self.layers}
+        self.filters = nn.ModuleDict(made)
         if config.init == "identity":
             for module in self.filters.values():
                 module.start_as_identity()  # type: ignore[operator]

@@ -97,11 +97,11 @@ def score(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, float]:
     return {**figures, "tokens_per_second": tokens / seconds}
 
 
-def unigram(shards: Path, batches: Sequence[Batch]) -> dict[str, float]:
-    """mlm_loss and mlm_accuracy of guessing each token by its frequency in the training split."""
+def unigram(shards: Path, batches: Sequence[Batch], prefix: str = "mlm") -> dict[str, float]:
+    """mlm_loss and mlm_accuracy, or with another `prefix`, of guessing each token by how often it is trained on."""
     guess_V = token_frequencies(shards).log()
     sums = [measure(_only_logits(guess_V.expand(*batch.labels.shape, -1)), None, batch) for batch in batches]
-    return _figures(sums)
+    return _figures(sums, prefix)
 
 
 def token_frequencies(shards: Path) -> Tensor:
@@ -132,9 +132,9 @@ def _only_logits(logits_BSV: Tensor) -> Signals:
     return Signals(hidden_states=(), queries_keys=(), attention_scale=1.0, logits=logits_BSV)
 
 
-def _figures(sums: Sequence[Tensor]) -> dict[str, float]:
+def _figures(sums: Sequence[Tensor], prefix: str = "mlm") -> dict[str, float]:
     measures = Measures.of(torch.stack(list(sums)).sum(dim=0))
-    return {"mlm_loss": measures.student_mlm_loss, "mlm_accuracy": measures.student_mlm_accuracy}
+    return {f"{prefix}_loss": measures.student_loss, f"{prefix}_accuracy": measures.student_accuracy}
 
 
 def _device() -> torch.device:

@@ -22,17 +22,17 @@ from transformers.models.auto.modeling_auto import (
 from homodistil.data.shards import ShardIndex
 from homodistil.errors import ModelError
 from homodistil.models.loading import AUTO_CLASSES
+from homodistil.tasks import Kind
 
-LanguageModel = Literal["masked", "causal"]
 Precision = Literal["float32", "bfloat16"]
-WORDS: dict[LanguageModel, str] = {"masked": "masked language model", "causal": "causal language model"}
-TASKS_OF: dict[LanguageModel, str] = {"masked": "mlm or pseudo_perplexity", "causal": "perplexity or lambada"}
+WORDS: dict[Kind, str] = {"masked": "masked language model", "causal": "causal language model"}
+TASKS_OF: dict[Kind, str] = {"masked": "mlm or pseudo_perplexity", "causal": "perplexity or lambada"}
 UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError, StrictDataclassError)
 """What transformers raises for a directory that it cannot read."""
 
 
-def check_kind(directory: Path, kind: LanguageModel) -> PretrainedConfig:
-    """The config of the `kind` of model in a directory; no weight is read. Raises `ModelError` for the other kind.
+def check_kind(directory: Path, kind: Kind) -> PretrainedConfig:
+    """The config of a model in a directory, masked or causal; no weight is read. Raises `ModelError` for another kind.
 
     Transformers loads an encoder as a causal model without a word, and it then sees the very tokens it is to foretell.
     """
@@ -50,7 +50,7 @@ def check_kind(directory: Path, kind: LanguageModel) -> PretrainedConfig:
     return config
 
 
-def _kinds(config: PretrainedConfig) -> list[LanguageModel]:
+def _kinds(config: PretrainedConfig) -> list[Kind]:
     """What a model can be asked for. Encoders with a causal head (BERT, RoBERTa, ...) are causal only as decoders."""
     masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -75,7 +75,7 @@ def check_fits(directory: Path, config: PretrainedConfig, shards: Path, index: S
         )
 
 
-def load_stock(directory: Path, dtype: str, kind: LanguageModel = "masked") -> PreTrainedModel:
+def load_stock(directory: Path, dtype: str, kind: Kind = "masked") -> PreTrainedModel:
     """The language model in a directory, of any architecture, in eval mode, on the host. Raises `ModelError`."""
     check_kind(directory, kind)
     try:

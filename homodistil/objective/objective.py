@@ -38,7 +38,7 @@ class Losses:
 
 
 class Objective(nn.Module):
-    """L = task + a1 kl + a2 hidden + a3 attention (HomoDistil, TED). No parameters; its index tensors move with `to`."""
+    """L = task + a1 kl + a2 hidden + a3 attention (HomoDistil, TED). No parameters; index tensors move with `to`."""
 
     def __init__(
         self,
@@ -51,9 +51,9 @@ class Objective(nn.Module):
         hidden_variances: Sequence[float] | None = None,
     ) -> None:
         """layers: those of the student's that are compared, all by default. causal: whether a token sees those before
-        it alone. hidden_variances: for each compared hidden state, what its squared difference is divided by (SPEC 1.1:
-        the teacher's variance, of pre-norm families); None: 1. Raises `ConfigError` for a Gram form that does not exist.
-        """
+        it alone. hidden_variances: for each compared hidden state, what its squared difference is divided by, of
+        pre-norm families the teacher's variance (SPEC 1.1); 1 by default. Raises `ConfigError` for a Gram form that
+        does not exist."""
         super().__init__()
         self.causal = causal
         self.hidden_variances = hidden_variances
