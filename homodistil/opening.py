@@ -137,10 +137,11 @@ def plan_run(run: RunConfig, source: Source, ds_config: DeepSpeedConfig, world_s
 
 def _with_updates(run: RunConfig, source: Source) -> RunConfig:
     """`run` with as many updates as its passes over a benchmark's examples take."""
-    if not isinstance(source, TaskData) or run.task.epochs is None:
+    epochs = run.task.epochs
+    if not isinstance(source, TaskData) or epochs is None:
         return run
     run = run.model_copy(deep=True)
-    run.run.updates = updates_for(run.task.epochs, source.count("train"), run.data.global_batch)
+    run.run.updates = updates_for(epochs, source.count("train"), run.data.global_batch)
     return run
 
 

@@ -31,9 +31,9 @@ class StudentFigures(Figures):
 
 
 Score = dict[str, float]
-"""Figures on held-out examples: `mlm_loss`, nats a scored slot, and `mlm_accuracy`, the share of slots whose first guess
-is right (clm_*, or task_* for a benchmark), `tokens_per_second` of forward passes alone, on one rank, and a benchmark's
-own metrics."""
+"""Figures on held-out examples: `mlm_loss`, nats a scored slot, and `mlm_accuracy`, the share of slots whose first
+guess is right (clm_*, or task_* for a benchmark), `tokens_per_second` of forward passes alone, on one rank, and a
+benchmark's own metrics."""
 
 
 class Validation(Figures):
