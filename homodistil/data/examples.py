@@ -58,7 +58,7 @@ class TaskData:
     def open(cls, config: TaskConfig, tokenizer: Path, splits: Sequence[Split] = TRAIN_AND_VALIDATION) -> TaskData:
         """Read and tokenize these splits of the task. Raises `DataError` for files and tokenizer, `ConfigError` for
         windows without room."""
-        opened = open_tokenizer(tokenizer, needed=())
+        opened = open_tokenizer(tokenizer)
         encoded: dict[Split, Encoded] = {}
         answered = None
         for split in splits:

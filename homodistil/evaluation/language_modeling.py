@@ -107,8 +107,8 @@ def unigram(shards: Path, batches: Sequence[Batch], prefix: str = "mlm") -> dict
 def token_frequencies(shards: Path) -> Tensor:
     """(V,) float64, sums to 1: how often each token comes in the training split, add-one smoothed.
 
-    Special tokens, which are never scored, count as never seen. Shards that cannot be read are left out: a run is not
-    to fail at its very end for a reference figure.
+    Special tokens, which are never masked, count as never seen where words are. Shards that cannot be read are left
+    out: a run is not to fail at its very end for a reference figure.
     """
     index = ShardIndex.load(shards, check_files=False)
     step = max(1, index.sequences("train") * index.sequence_length // COUNTED_TOKENS)
@@ -118,7 +118,8 @@ def token_frequencies(shards: Path) -> Tensor:
             counts_V += np.bincount(read_shard(shards, index, entry).ravel(), minlength=index.vocab_size)
         except DataError as error:
             logger.warning("not counted for the unigram guess: %s", error)
-    counts_V[list(index.special_tokens.model_dump().values())] = 0
+    if index.task == "mlm":
+        counts_V[index.special_tokens.ids] = 0
     return torch.from_numpy((counts_V + 1) / (counts_V + 1).sum())
 
 
