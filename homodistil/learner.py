@@ -105,7 +105,10 @@ def _heads(blueprint: Blueprint, model: PreTrainedModel, count: int) -> list[nn.
         owner = load_model(other, torch.float32, blueprint.attention, task) if other else model
         return [family.head(owner).requires_grad_(False)]
     slim = family.with_layers(blueprint.teacher_config, 1)  # a head does not depend on depth
-    return [family.head(new_model(slim, blueprint.attention, family.kind)) for _ in range(count)]
+    owners = [new_model(slim, blueprint.attention, family.kind) for _ in range(count)]
+    for owner in owners:
+        prepare_for_training(owner, run)
+    return [family.head(owner) for owner in owners]
 
 
 def _term(layer: int) -> str:

@@ -27,7 +27,7 @@ ONE, TWO = TASKS["squad"], TASKS["squad2"]
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
     folder = tmp_path_factory.mktemp("tokenizer")
     save_tokenizer(folder)
-    return open_tokenizer(folder, needed=())
+    return open_tokenizer(folder)
 
 
 def asked(context: str, first: int | None, number: int = 0, count: int = 2) -> Question:
@@ -164,7 +164,7 @@ def test_labels_on_real_paragraphs_cut_out_the_answers() -> None:
     questions = read_squad(ONE, REAL / "data" / "squad", "validation")
     assert len(questions) == 10570
     part = questions[::40]
-    some = windows(open_tokenizer(REAL / "data/vocab/bert-base-uncased-vocab.txt", needed=()), part, 384, 128)
+    some = windows(open_tokenizer(REAL / "data/vocab/bert-base-uncased-vocab.txt"), part, 384, 128)
     held = wrong = 0
     answered = set()
     for number, (first, last) in enumerate(some.encoded.labels):
