@@ -36,6 +36,8 @@ def open_tokenizer(path: Path, needed: Iterable[str] = tuple(ROLES)) -> PreTrain
         raise DataError(f"tokenizer {path}: cannot be read ({error}). Give a Hugging Face directory.") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(f"tokenizer {path}: found {type(tokenizer).__name__}, expected one with a tokenizer.json.")
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes of a folder without its files
+        raise DataError(f"tokenizer {path}: it has no words. Copy a tokenizer.json or vocab.txt into the folder.")
     missing = [role for role in needed if getattr(tokenizer, role) is None]
     if missing:
         raise DataError(f"tokenizer {path}: has no {', '.join(missing)}. Needed here: {', '.join(needed)}.")
