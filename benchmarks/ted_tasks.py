@@ -1,0 +1,163 @@
+"""TED against KD and LWD on tasks of GLUE, all from one student: python -m benchmarks.ted_tasks
+
+Teacher: ../shared/teacher/minilm-l6-mlm, fine-tuned. Student: layers 2, 4 and 6 of the fine-tuned teacher, fine-tuned
+without it. Every arm starts from that student, with the same updates, rate and weight of the distance between
+predictions, and is judged by its last weights. The weights a1 and a2 are those that TED's authors published for the
+task; `+` grants an arm the updates that TED spent on filters. A finished run is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from math import sqrt
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import t as student_t
+
+from benchmarks.steps import Step, carry_out, circumstances
+from homodistil.tasks import TASKS
+
+
+class Setting(NamedTuple):
+    """What differs from task to task."""
+
+    folder: str
+    seeds: int
+    a1: float
+    """Of KL in TED and LWD; KD has 20 everywhere."""
+    lwd: float
+    """a2, of LWD."""
+    ted: float
+    examples: int | None = None
+
+
+SETTINGS = {
+    "mrpc": Setting("MRPC", 5, 20, 5, 100),
+    "cola": Setting("CoLA", 5, 0, 5, 10),
+    "rte": Setting("RTE", 5, 20, 20, 50),
+    "sst2": Setting("SST-2", 3, 20, 20, 20, examples=10_000),
+}
+"""Published for DeBERTaV3-xsmall (SPEC 2.4); a part of SST-2, fixed."""
+EPOCHS, FILTER_EPOCHS, FILTER_RATE = 4, 1, 1e-3
+RATE, BATCH = 5e-5, 32
+TRAINING = {"mrpc": 3668, "cola": 8551, "rte": 2490, "sst2": 10_000}
+ARMS = ("kd", "lwd", "ted", "kd+", "lwd+")
+PAIRS = (("ted", "kd"), ("ted", "lwd"), ("ted", "kd+"), ("ted", "lwd+"), ("lwd", "kd"))
+RUNS, ROWS = Path("runs/ted_tasks"), Path("docs/experiments/ted_tasks.json")
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="where data/glue and teacher/ are")
+    parser.add_argument("--tasks", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--parallel", type=int, default=1, help="processes at a time")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="where finished rows are kept, as JSON")
+    options = parser.parse_args()
+    rows: dict[str, Any] = json.loads(options.rows.read_text(encoding="utf-8")) if options.rows.exists() else {}
+    missing = [task for task in options.tasks if task not in rows]
+    try:
+        carry_out([s for task in missing for s in steps(task, options.shared)], RUNS / "logs", options.parallel, "TED")
+    finally:
+        for task in missing:
+            if all((RUNS / task / arm / "scores.json").exists() for arm in ARMS):
+                rows[task] = collected(task) | circumstances()
+        options.rows.parent.mkdir(parents=True, exist_ok=True)
+        options.rows.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    show({task: row for task, row in rows.items() if task in SETTINGS})
+
+
+def updates(task: str, epochs: int) -> int:
+    return -(-epochs * TRAINING[task] // BATCH)
+
+
+def steps(task: str, shared: Path) -> list[Step]:
+    """Teacher, student, filters of both, arms."""
+    setting, folder = SETTINGS[task], RUNS / task
+    common = ["--recipe", "finetune", "--task.name", task, "--task.path", str(shared / "data/glue" / setting.folder)]
+    common += ["--run.directory", str(folder), "--optimizer.learning_rate", str(RATE), "--checkpoint.every", "100000"]
+    common += ["--data.global_batch", str(BATCH), "--validation.every", "100000"]
+    if setting.examples:
+        common += ["--task.train_examples", str(setting.examples)]
+    teacher, student = (str(folder / name / "seed_0" / "student") for name in ("teacher", "student"))
+    original, seeds = str(shared / "teacher/minilm-l6-mlm"), ",".join(map(str, range(1, setting.seeds + 1)))
+
+    def run(name: str, needs: tuple[str, ...], *flags: str) -> Step:
+        named = [*common, "--run.name", name, *flags]
+        return Step(f"{task}/{name}", "finetune", named, folder / name / "scores.json", needs)
+
+    def filters(of: str) -> Step:
+        both = ["--teacher.path", teacher, "--student.path", student, "--objective.hidden.aligner", "filter"]
+        learned = ["--filters.learning_rate", str(FILTER_RATE), "--filters.updates", str(updates(task, FILTER_EPOCHS))]
+        flags = [*common, "--run.name", "ted", *both, *learned, "--of", of]
+        result = folder / f"ted-{of}_filters/summary.json"
+        return Step(f"{task}/filters of {of}", "learn_filters", flags, result, (f"{task}/teacher", f"{task}/student"))
+
+    made = run("teacher", (), "--student.path", original, "--seeds", "0", "--task.epochs", str(EPOCHS))
+    cut = ["--student.path", teacher, "--student.layers", "1,3,5", "--seeds", "0", "--task.epochs", str(EPOCHS)]
+    prepared = [made, run("student", (f"{task}/teacher",), *cut), filters("teacher"), filters("student")]
+    ready = (f"{task}/teacher", f"{task}/student")
+    for arm in ARMS:
+        epochs = EPOCHS + (2 * FILTER_EPOCHS if arm.endswith("+") else 0)
+        flags = ["--teacher.path", teacher, "--student.path", student, "--task.epochs", str(epochs), "--seeds", seeds]
+        needs = (*ready, *(f"{task}/filters of {of}" for of in ("teacher", "student") if arm == "ted"))
+        prepared.append(run(arm, needs, *flags, *knowledge(arm.rstrip("+"), setting)))
+    return prepared
+
+
+def knowledge(arm: str, setting: Setting) -> list[str]:
+    """What an arm compares."""
+    weights = {"kd": (20, 0), "lwd": (setting.a1, setting.lwd), "ted": (setting.a1, setting.ted)}
+    kl, hidden = weights[arm]
+    flags = ["--objective.kl.weight", str(kl), "--objective.hidden.weight", str(hidden)]
+    aligner = {"kd": [], "lwd": ["projection", "--objective.hidden.projection_init", "random"], "ted": ["filter"]}[arm]
+    return [*flags, *(["--objective.hidden.aligner", *aligner, "--knowledge.embeddings", "false"] if aligner else [])]
+
+
+def collected(task: str) -> dict[str, Any]:
+    """Every seed's figures of every arm, and what teacher and student had before."""
+    names = ("teacher", "student", *ARMS)
+    return {
+        name: json.loads((RUNS / task / name / "scores.json").read_text(encoding="utf-8"))["seeds"] for name in names
+    }
+
+
+def interval(differences: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval by Student's t."""
+    count = len(differences)
+    return mean(differences), float(student_t.ppf(0.975, count - 1)) * stdev(differences) / sqrt(count)
+
+
+def show(rows: dict[str, Any]) -> None:
+    """Means and deviations, then paired differences, of the headline metric and of the development loss."""
+    console = Console(width=150)
+    for task, row in rows.items():
+        metric = TASKS[task].metrics[0]
+        table = Table("arm", "seeds", metric, "loss", "KL", title=f"{task}, {row['device']}, commit {row['commit']}")
+        for name in ("teacher", "student", *ARMS):
+            seeds = list(row[name].values())
+            cells = [_cell([seed[key] for seed in seeds if key in seed]) for key in (metric, "task_loss", "kl")]
+            table.add_row(name, str(len(seeds)), *cells)
+        console.print(table)
+        table = Table("paired difference", metric, "loss", "KL")
+        for better, other in PAIRS:
+            cells = []
+            for key in (metric, "task_loss", "kl"):
+                center, half = interval([row[better][seed][key] - row[other][seed][key] for seed in row[better]])
+                cells.append(f"{center:+.4f} ± {half:.4f}")
+            table.add_row(f"{better} - {other}", *cells)
+        console.print(table)
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return ""
+    return f"{mean(values):.4f}" + (f" ({stdev(values):.4f})" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    main()
