@@ -120,10 +120,8 @@ def knowledge(arm: str, setting: Setting) -> list[str]:
 
 def collected(task: str) -> dict[str, Any]:
     """Every seed's figures of every arm, and what teacher and student had before."""
-    names = ("teacher", "student", *ARMS)
-    return {
-        name: json.loads((RUNS / task / name / "scores.json").read_text(encoding="utf-8"))["seeds"] for name in names
-    }
+    files = {name: RUNS / task / name / "scores.json" for name in ("teacher", "student", *ARMS)}
+    return {name: json.loads(file.read_text(encoding="utf-8"))["seeds"] for name, file in files.items()}
 
 
 def interval(differences: list[float]) -> tuple[float, float]:

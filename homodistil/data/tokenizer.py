@@ -41,20 +41,14 @@ def open_tokenizer(path: Path, task: LanguageTask | None = None) -> PreTrainedTo
         raise DataError(f"tokenizer {path}: cannot be read ({error}). Give a Hugging Face directory.") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(f"tokenizer {path}: found {type(tokenizer).__name__}, expected one with a tokenizer.json.")
-<<<<<<< HEAD
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes of a folder without its files
+        raise DataError(f"tokenizer {path}: it has no words. Copy a tokenizer.json or vocab.txt into the folder.")
     needed = NEEDED[task] if task else ()
     if missing := [role for role in needed if getattr(tokenizer, role) is None]:
         raise DataError(
             f"tokenizer {path}: has no {', '.join(missing)}. Sequences for {task} need all of {list(needed)}. "
             "Give another tokenizer, or another --task."
         )
-=======
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # what transformers makes of a folder without its files
-        raise DataError(f"tokenizer {path}: it has no words. Copy a tokenizer.json or vocab.txt into the folder.")
-    missing = [role for role in needed if getattr(tokenizer, role) is None]
-    if missing:
-        raise DataError(f"tokenizer {path}: has no {', '.join(missing)}. Needed here: {', '.join(needed)}.")
->>>>>>> wt-examples
     return tokenizer
 
 
