@@ -7,15 +7,18 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from homodistil.batch import Batch
-from homodistil.config import PruningConfig
+from homodistil.config import PruningConfig, RunConfig
+from homodistil.data.causal import CausalScorer
 from homodistil.errors import ModelError, ShapeError
 from homodistil.kernels.compiling import compile_encoder
+from homodistil.knowledge.teacher import FrozenModel
 from homodistil.models import family_of
 from homodistil.models.attention import attention_implementation
 from homodistil.models.gpt2 import Gpt2Family
@@ -25,6 +28,7 @@ from homodistil.models.shape import StudentShape, Widths
 from homodistil.pruning.importance import Importance
 from homodistil.pruning.surgery import narrow
 from homodistil.state import Fragment
+from homodistil.student import Blueprint, Student, as_tuple
 from homodistil.tasks import Kind
 from tests.fixtures import SilentRanks, batch, gpt2, gpt2_config
 
@@ -342,3 +346,17 @@ def test_gpt2_masks_no_words() -> None:
     assert family_of(gpt2_config(), "causal") == FAMILY
     with pytest.raises(ModelError, match=r"gpt2 model serves causal, .* not masked"):
         family_of(gpt2_config(), "masked")
+
+
+def test_a_student_that_starts_as_its_teacher_differs_from_it_in_nothing() -> None:
+    run = RunConfig.model_validate({"teacher": {"path": "in memory"}})
+    blueprint = Blueprint(FAMILY, gpt2_config(), run, attention_implementation("sdpa"))
+    student = Student(gpt2(attn_implementation=blueprint.attention), blueprint, FULL)
+    teacher = FrozenModel(gpt2(attn_implementation=blueprint.attention), FAMILY)
+    sequences = np.random.default_rng(0).integers(1, 997, (4, 24))
+    rows = CausalScorer(pad=None)(sequences, np.arange(4))
+    with torch.no_grad():
+        _, parts = student(as_tuple(rows), teacher(*as_tuple(rows) or ()), rows.counts().vector)
+        expected = gpt2()(rows.input_ids, labels=rows.input_ids).loss
+    assert [parts[name].item() for name in ("kl", "hidden", "attention")] == [0, 0, 0]
+    torch.testing.assert_close(parts["mlm"], expected, rtol=1e-5, atol=1e-5)
