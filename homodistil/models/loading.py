@@ -171,6 +171,9 @@ def new_config(fields: dict[str, Any], vocab_size: int, kind: Kind = "masked") -
         config = made(**{**fields, "vocab_size": vocab_size})
     except StrictDataclassError as error:
         raise ConfigError(f"student.config: {error}") from None
+    for field in ("bos_token_id", "eos_token_id"):  # GPT-2's defaults are its own vocabulary's last
+        if kind == "causal" and field not in fields:
+            setattr(config, field, None)
     family_of(config, kind).widths(config)
     return config
 
