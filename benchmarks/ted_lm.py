@@ -1,7 +1,7 @@
-"""TED against continued training, KD and LWD for language models, at equal updates: python -m benchmarks.ted_lm mlm gpt2
+"""TED against continued training, KD and LWD, at equal updates of text: python -m benchmarks.ted_lm mlm gpt2
 
-mlm: ../shared/teacher/minilm-l6-mlm teaches 3 of its own 6 layers. gpt2: a small GPT-2, trained here, does the same. Every
-arm starts from the same student, which was cut from the teacher and trained on without it; `+` grants an arm the
+mlm: ../shared/teacher/minilm-l6-mlm teaches 3 of its own 6 layers. gpt2: a small GPT-2, trained here, does the same.
+Every arm starts from the same student, which was cut from the teacher and trained on without it; `+` grants an arm the
 updates that TED spent on filters. GPT-2s are measured on WikiText-2 (validation) and LAMBADA as well. A finished run
 is not run again. The shards are those that the recipes ted_mlm and ted_tiny_gpt2 name, or --shards.
 """
@@ -74,16 +74,17 @@ def steps(study: str, shared: Path, shards: str | None) -> list[Step]:
     alone = ["--teacher.path", "none", "--run.updates", str(UPDATES), "--student.path"]
     run("start", made, *alone, teacher, "--student.layers", "1,3,5")
     both = ["--teacher.path", teacher, "--student.path", student]
-    for of in ("teacher", "student"):
+    both_models = ("teacher", "student")
+    for of in both_models:
         flags = [*common, "--run.name", "ted", *both, "--of", of, "--filters.updates", str(FILTER_UPDATES)]
-        result, needs = folder / f"ted-{of}_filters/summary.json", (f"{study}/start",)
-        planned.append(Step(f"{study}/filters of {of}", "learn_filters", flags, result, needs))
+        result = folder / f"ted-{of}_filters/summary.json"
+        planned.append(Step(f"{study}/filters of {of}", "learn_filters", flags, result, (f"{study}/start",)))
     for seed in SEEDS:
         for arm in ARMS:
-            needs = ["start", *(f"filters of {of}" for of in ("teacher", "student") if arm == "ted")]
+            needs = ["start", *([f"filters of {of}" for of in both_models] if arm == "ted" else [])]
             updates = UPDATES + (2 * FILTER_UPDATES if arm.endswith("+") else 0)
             how = [*alone, student] if arm == "continued" else [*both, *KNOWLEDGE[arm.rstrip("+")]]
-            for of in ("teacher", "student") if arm == "ted" else ():
+            for of in both_models if arm == "ted" else ():
                 how += [f"--{of}.filters", str(folder / f"ted-{of}_filters/filters")]
             run(f"{arm}_{seed}", needs, *how, "--run.updates", str(updates), "--run.seed", str(seed))
     if study == "gpt2":
