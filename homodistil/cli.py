@@ -19,6 +19,7 @@ from homodistil.config import RunConfig, Section
 from homodistil.data import commands
 from homodistil.data.commands import BuildShards, TrainTokenizer, VerifyShards
 from homodistil.errors import ConfigError, DataError, HomodistilError, Preempted, RankLostError, Stopped, nearest
+from homodistil.evaluation.command import Evaluate, measure
 from homodistil.recipe import explain
 
 if TYPE_CHECKING:
@@ -83,29 +84,6 @@ class PlanRun(RunConfig):
     """Gbit/s of a machine's network cards together; by default those of a DGX."""
     curve: Path | None = None
     """Draw hours, and what an update is made of, from 1 to 1,024 GPUs to this PNG or SVG file."""
-
-
-class EvaluationData(Section):
-    """What the model is measured on."""
-
-    shards: Path
-    """Folder of shards; its held-out shard is used."""
-
-
-class Evaluate(Section):
-    """Measure a Hugging Face directory."""
-
-    task: Literal["mlm"] = "mlm"
-    """`mlm`: masked-language-model loss and accuracy."""
-    model: Path
-    """Hugging Face directory, such as a run's student/."""
-    data: EvaluationData
-    sequences: int = Field(default=1024, ge=1)
-    """Held-out sequences used (all there are, if fewer)."""
-    micro_batch: int = Field(default=32, ge=1)
-    """Sequences a forward pass."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the forward pass."""
 
 
 class Export(Section):
@@ -206,16 +184,8 @@ def _launched(
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """Print what a model scores."""
-    options = _checked(Evaluate, parse(Evaluate, "homodistil evaluate", arguments))
-
-    from homodistil.evaluation.language_modeling import evaluate_mlm
-    from homodistil.quiet import hush
-
-    hush()
-    scores = evaluate_mlm(options.model, options.data.shards, options.sequences, options.micro_batch, options.dtype)
-    for name, value in scores.items():
-        print(f"{name:24} {value:.4f}")
+    """Measure a Hugging Face directory: language modelling, LAMBADA, GLUE or SQuAD."""
+    measure(_checked(Evaluate, parse(Evaluate, "homodistil evaluate", arguments)))
 
 
 def export(arguments: Sequence[str]) -> None:

@@ -37,41 +37,52 @@ class Document:
 def documents(sources: Iterable[str]) -> Iterator[Document]:
     """Every source's documents, source by source, in the same order each time. Raises `DataError`."""
     for source in sources:
-        for name, paragraphs in _open_source(source):
+        for name, paragraphs in _open_source(source, READERS):
             if text := "\n".join(filter(None, map(clean, paragraphs))):
                 yield Document(name, text)
 
 
+def verbatim(source: str) -> Iterator[str]:
+    """A source's texts uncleaned, for measures that count every character: of a text file its whole, of a row its text.
+
+    Raises `DataError`.
+    """
+    for _, paragraphs in _open_source(source, READERS | WHOLE):
+        yield "\n".join(paragraphs)
+
+
 Raw = Iterable[tuple[str, Iterable[str]]]
 """(name of the source, paragraphs of a document) of every document."""
+Readers = dict[str, Callable[[Path], Iterator[Iterable[str]]]]
+"""Ending of a file's name -> the paragraphs of its documents."""
 
 
-def _open_source(source: str) -> Raw:
+def _open_source(source: str, readers: Readers) -> Raw:
     if source == EMBEDDED:
         return ((EMBEDDED, paragraphs) for paragraphs in embedded_documents())
     if source.startswith(HUGGING_FACE):
         return ((source, text.split("\n")) for text in _hugging_face(source))
-    return _files(Path(source))
+    return _files(Path(source), readers)
 
 
-def _files(path: Path) -> Raw:
+def _files(path: Path, readers: Readers) -> Raw:
     """Documents of a file, or of every readable file below a folder, named by the folder they lie in."""
     if not path.exists():
         raise DataError(
             f"source {path}: no such file or folder. Give a text file, a folder, `hf:NAME` or `{EMBEDDED}`."
         )
-    files = sorted(p for p in path.rglob("*") if _reader(p) and p.is_file()) if path.is_dir() else [path]
-    if not files or not _reader(files[0]):
+    files = sorted(p for p in path.rglob("*") if _reader(p, readers) and p.is_file()) if path.is_dir() else [path]
+    if not files or not _reader(files[0], readers):
         raise DataError(f"source {path}: no text in it. Known kinds: {', '.join(READERS)}.")
     above = path.resolve().parent
     for file in files:
         name = (file if file == path else file.parent).resolve().relative_to(above).as_posix()
-        for paragraphs in _read(file):
+        for paragraphs in _read(file, readers):
             yield name, paragraphs
 
 
-def _read(file: Path) -> Iterator[Iterable[str]]:
-    reader = _reader(file)
+def _read(file: Path, readers: Readers) -> Iterator[Iterable[str]]:
+    reader = _reader(file, readers)
     assert reader is not None
     try:
         yield from reader(file)
@@ -98,6 +109,10 @@ def _read_text(file: Path) -> Iterator[Iterable[str]]:
     yield article
 
 
+def _read_whole(file: Path) -> Iterator[Iterable[str]]:
+    yield "".join(_lines(file)).split("\n")
+
+
 def _read_json_lines(file: Path) -> Iterator[Iterable[str]]:
     for number, line in enumerate(_lines(file), start=1):
         if line.strip():
@@ -121,17 +136,18 @@ def _read_parquet(file: Path) -> Iterator[Iterable[str]]:
         yield from ((text or "").split("\n") for text in batch.column(0).to_pylist())
 
 
-READERS: dict[str, Callable[[Path], Iterator[Iterable[str]]]] = {
+READERS: Readers = {
     ".txt": _read_text,
     ".txt.gz": _read_text,
     ".jsonl": _read_json_lines,
     ".jsonl.gz": _read_json_lines,
     ".parquet": _read_parquet,
 }
+WHOLE: Readers = {".txt": _read_whole, ".txt.gz": _read_whole}
 
 
-def _reader(file: Path) -> Callable[[Path], Iterator[Iterable[str]]] | None:
-    return next((reader for ending, reader in READERS.items() if file.name.endswith(ending)), None)
+def _reader(file: Path, readers: Readers) -> Callable[[Path], Iterator[Iterable[str]]] | None:
+    return next((reader for ending, reader in readers.items() if file.name.endswith(ending)), None)
 
 
 def _hugging_face(source: str) -> Iterator[str]:

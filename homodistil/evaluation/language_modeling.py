@@ -1,7 +1,7 @@
 """Masked language modelling on the held-out split: any Hugging Face directory, and the guess every model must beat.
 
 Text and masks are those of a run's own validation, so that figures compare. Loss and accuracy are measured by
-objective/measures.py; models are loaded and run by stock transformers.
+objective/measures.py; models are loaded by stock.py.
 """
 
 from __future__ import annotations
@@ -10,20 +10,18 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForMaskedLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from homodistil.batch import Batch
 from homodistil.config import DataConfig
 from homodistil.data.shards import ShardIndex, read_shard
 from homodistil.data.stream import Stream
-from homodistil.errors import DataError, ModelError
+from homodistil.errors import DataError
+from homodistil.evaluation.stock import Precision, check_fits, check_kind, device, load_stock
 from homodistil.objective.measures import Measures, measure
 from homodistil.progress import progress_bar
 from homodistil.ranks import Ranks
@@ -38,47 +36,20 @@ COUNTED_TOKENS = 20_000_000
 
 
 def evaluate_mlm(
-    model: Path, shards: Path, sequences: int, micro_batch: int, dtype: Literal["float32", "bfloat16"] = "float32"
+    model: Path, shards: Path, sequences: int, micro_batch: int, dtype: Precision = "float32"
 ) -> dict[str, float]:
     """`score` of the model in a Hugging Face directory, on up to `sequences` held-out sequences of `shards`.
 
     On this process alone. Raises `ModelError` for weights that are missing or another vocabulary, `DataError` for
     the shards.
     """
-    alone = Ranks(rank=0, world_size=1, local_rank=0, device=_device())
+    alone = Ranks(rank=0, world_size=1, local_rank=0, device=device())
     # One lane and one sequence an update divide whatever was built; validation asks for neither.
     stream = Stream(DataConfig(shards=shards, lanes=1, global_batch=1), seed=0, ranks=alone)
+    check_fits(model, check_kind(model, "masked"), shards, stream.index)
     loaded = load_stock(model, dtype)
-    vocab_size = stream.index.vocab_size
-    if loaded.config.vocab_size != vocab_size:
-        raise ModelError(
-            f"{model}: vocab_size is {loaded.config.vocab_size}, but {shards} was tokenized with {vocab_size} "
-            f"tokens. Build shards with the model's tokenizer: data_prep/build_shards.py --tokenizer {model}."
-        )
-    positions = getattr(loaded.config, "max_position_embeddings", None)
-    if positions is not None and positions < stream.index.sequence_length:
-        raise ModelError(
-            f"{model}: {positions} positions, but {shards} holds sequences of {stream.index.sequence_length} tokens. "
-            f"Build shards with --sequence_length {positions} or less."
-        )
     loaded.to(alone.device)  # type: ignore[arg-type]  # a decorator hides its signature
     return score(loaded, stream.validation(sequences, micro_batch))
-
-
-def load_stock(directory: Path, dtype: str) -> PreTrainedModel:
-    """The masked language model in a directory, of any architecture, in eval mode. Raises `ModelError`."""
-    try:
-        model, report = AutoModelForMaskedLM.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, StrictDataclassError) as error:
-        raise ModelError(f"{directory}: no masked language model to load: {error}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ModelError(
-            f"{directory}: {', '.join(missing)} missing, so its scores would be those of random numbers. "
-            "Expected a checkpoint saved with its masked-language-model head."
-        )
-    return model.eval()
 
 
 @torch.no_grad()
@@ -136,7 +107,3 @@ def _only_logits(logits_BSV: Tensor) -> Signals:
 def _figures(sums: Sequence[Tensor], prefix: str = "mlm") -> dict[str, float]:
     measures = Measures.of(torch.stack(list(sums)).sum(dim=0))
     return {f"{prefix}_loss": measures.student_loss, f"{prefix}_accuracy": measures.student_accuracy}
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
