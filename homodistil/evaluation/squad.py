@@ -99,7 +99,8 @@ def answers(windows: Windows, spans: Spans, may_be_null: bool) -> list[str]:
 def squad_metrics(predictions: Sequence[str], questions: Sequence[Question]) -> dict[str, float]:
     """f1 and exact_match in percent, of one prediction a question: the best over its gold answers, then the mean.
 
-    A question without answers wants an empty prediction. Source: Rajpurkar et al. 2016, section 6.1, and 2018.
+    A question without answers wants an empty prediction; gold answers of punctuation alone do not count.
+    Source: Rajpurkar et al. 2016, section 6.1, and 2018.
     """
     f1 = exact = 0.0
     for prediction, question in zip(predictions, questions, strict=True):
