@@ -359,4 +359,4 @@ def test_a_student_that_starts_as_its_teacher_differs_from_it_in_nothing() -> No
         _, parts = student(as_tuple(rows), teacher(*as_tuple(rows) or ()), rows.counts().vector)
         expected = gpt2()(rows.input_ids, labels=rows.input_ids).loss
     assert [parts[name].item() for name in ("kl", "hidden", "attention")] == [0, 0, 0]
-    torch.testing.assert_close(parts["mlm"], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(parts["task"], expected, rtol=1e-5, atol=1e-5)
