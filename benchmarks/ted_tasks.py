@@ -1,9 +1,9 @@
 """TED against KD and LWD on tasks of GLUE, all from one student: python -m benchmarks.ted_tasks
 
 Teacher: ../shared/teacher/minilm-l6-mlm, fine-tuned. Student: layers 2, 4 and 6 of the fine-tuned teacher, fine-tuned
-without it. Every arm starts from that student, with the same updates, rate and weight of the distance between
-predictions, and is judged by its last weights. The weights a1 and a2 are those that TED's authors published for the
-task; `+` grants an arm the updates that TED spent on filters. A finished run is not run again.
+without it. Every arm starts from that student, with the same updates and rate, and is judged by its last weights. The
+weights a1 and a2 are those that TED's authors published for the task; `+` grants an arm the updates that TED spent on
+filters. A finished task is not run again; of one that was interrupted, the seeds that there are are shown.
 """
 
 from __future__ import annotations
@@ -61,13 +61,14 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=ROWS, help="where finished rows are kept, as JSON")
     options = parser.parse_args()
     rows: dict[str, Any] = json.loads(options.rows.read_text(encoding="utf-8")) if options.rows.exists() else {}
-    missing = [task for task in options.tasks if task not in rows]
+    missing = [task for task in options.tasks if not rows.get(task, {}).get("complete")]
     try:
         carry_out([s for task in missing for s in steps(task, options.shared)], RUNS / "logs", options.parallel, "TED")
     finally:
         for task in missing:
-            if all(step.result.exists() for step in steps(task, options.shared)):
-                rows[task] = collected(task) | circumstances()
+            if _seeds(task, "ted"):
+                complete = all(step.result.exists() for step in steps(task, options.shared))
+                rows[task] = collected(task) | circumstances() | {"complete": complete}
         options.rows.parent.mkdir(parents=True, exist_ok=True)
         options.rows.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     show({task: row for task, row in rows.items() if task in SETTINGS})
@@ -167,10 +168,17 @@ def show(rows: dict[str, Any]) -> None:
         for better, other in PAIRS:
             cells = []
             for key in (metric, "task_loss", "kl"):
-                center, half = interval([row[better][seed][key] - row[other][seed][key] for seed in row[better]])
-                cells.append(f"{center:+.4f} ± {half:.4f}")
+                both = sorted(row[better].keys() & row[other].keys())
+                cells.append(_difference([row[better][seed][key] - row[other][seed][key] for seed in both]))
             table.add_row(f"{better} - {other}", *cells)
         console.print(table)
+
+
+def _difference(differences: list[float]) -> str:
+    if len(differences) < 2:
+        return "too few seeds"
+    center, half = interval(differences)
+    return f"{center:+.4f} ± {half:.4f} ({len(differences)})"
 
 
 def _cell(values: list[float]) -> str:
