@@ -13,14 +13,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForMaskedLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from homodistil.config import RunConfig
 from homodistil.data.tokenizer import open_tokenizer
 from homodistil.errors import ModelError
-from homodistil.models.loading import materialise, model_hash, skeleton
+from homodistil.models.loading import AUTO_CLASSES, materialise, model_hash, skeleton
 from homodistil.models.shape import StudentShape, Widths
 from homodistil.student import Blueprint
+from homodistil.tasks import Kind
 
 PROVENANCE = "homodistil.json"
 
@@ -65,16 +66,16 @@ def export_student(
     open_tokenizer(tokenizer).save_pretrained(partial)
     (partial / PROVENANCE).write_text(json.dumps(_provenance(blueprint.run, shape), indent=1) + "\n", encoding="utf-8")
     (partial / "README.md").write_text(_card(directory.name, model, blueprint.run, shape), encoding="utf-8")
-    verify_export(partial, model)
+    verify_export(partial, model, blueprint.family.kind)
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
     return directory
 
 
-def verify_export(directory: Path, model: PreTrainedModel) -> None:
+def verify_export(directory: Path, model: PreTrainedModel, kind: Kind = "masked") -> None:
     """Load `directory` with stock transformers and compare it with `model`, bit by bit. Raises `ModelError`."""
-    loaded, report = AutoModelForMaskedLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
-    faults = [f"{kind.replace('_', ' ')}: {sorted(names)}" for kind, names in report.items() if names]
+    loaded, report = AUTO_CLASSES[kind].from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    faults = [f"{fault.replace('_', ' ')}: {sorted(names)}" for fault, names in report.items() if names]
     expected, found = model.state_dict(), loaded.state_dict()
     faults += [f"{name} differs" for name in expected if not torch.equal(expected[name], found[name])]
     if faults:
@@ -86,9 +87,10 @@ def verify_export(directory: Path, model: PreTrainedModel) -> None:
 
 def _stock_model(weights: Mapping[str, Tensor], blueprint: Blueprint, shape: StudentShape) -> PreTrainedModel:
     """A plain model with these weights, which scales its attention scores by its own head width."""
-    model = skeleton(blueprint.family.stock_config(blueprint.student_config, shape.widths))
+    family = blueprint.family
+    model = skeleton(family.stock_config(blueprint.student_config, shape.widths), kind=family.kind)
     materialise(model)
-    factors = blueprint.family.fold_attention_scale(shape)
+    factors = family.fold_attention_scale(shape)
     parameters = dict(model.named_parameters())
     if faults := sorted(_shapes(parameters) ^ _shapes(weights)):
         raise ModelError(f"export of {shape.widths}: given weights and a stock model differ in {faults}.")
