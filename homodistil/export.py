@@ -84,7 +84,7 @@ def export_student(
 def verify_export(directory: Path, model: PreTrainedModel, kind: Kind = "masked") -> None:
     """Load `directory` with stock transformers and compare it with `model`, bit by bit. Raises `ModelError`."""
     loaded, report = AUTO_CLASSES[kind].from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
-    faults = [f"{kind.replace('_', ' ')}: {sorted(names)}" for kind, names in report.items() if names]
+    faults = [f"{fault.replace('_', ' ')}: {sorted(names)}" for fault, names in report.items() if names]
     expected, found = model.state_dict(), loaded.state_dict()
     faults += [f"{name} differs" for name in expected if not torch.equal(expected[name], found[name])]
     if faults:

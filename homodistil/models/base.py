@@ -31,6 +31,12 @@ class ModelFamily(Protocol):
     """Whether a token sees those before it alone."""
     pre_norm: ClassVar[bool]
     """Whether hidden states are what no LayerNorm has standardised."""
+    own_attention: ClassVar[bool]
+    """Whether attention is the architecture's own code, so that no attention function can be chosen for it."""
+
+    def for_config(self, config: PretrainedConfig) -> ModelFamily:
+        """The family of models with this config, which may decide which tensors there are."""
+        ...
 
     @property
     def head_names(self) -> tuple[str, ...]:
