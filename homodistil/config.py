@@ -62,11 +62,19 @@ class TaskConfig(Section):
     epochs: float | None = Field(default=None, gt=0)
     """Passes over a benchmark's training examples; `run.updates` follows from it."""
     max_length: int = Field(default=128, ge=8)
-    """Tokens of an example at most; what is longer is cut, or, for SQuAD, becomes several windows."""
+    """Tokens of an example at most; what is longer is cut, or, for SQuAD, where it is 384 by default, becomes several
+    windows."""
     stride: int = Field(default=128, ge=1)
     """Tokens that two windows of one SQuAD paragraph share."""
     train_examples: int | None = Field(default=None, ge=1)
     """Only so many training examples, a fixed part whatever the seed; all by default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _windows_are_longer(cls, data: Any) -> Any:
+        if isinstance(data, dict) and str(data.get("name")).startswith("squad"):
+            return {"max_length": 384, **data}
+        return data
 
     @property
     def task(self) -> Task:

@@ -39,8 +39,8 @@ class EvaluationData(Section):
     path: str | None = None
     """Text (perplexity, pseudo_perplexity): a file or whatever else build_shards.py reads. A .jsonl file with a passage
     under `text` in each row (lambada). A folder with a benchmark's own files, by default its Hugging Face dataset."""
-    max_length: int = Field(default=128, ge=8)
-    """Tokens of a benchmark's example, as task.max_length of its training."""
+    max_length: int | None = Field(default=None, ge=8)
+    """Tokens of a benchmark's example, as task.max_length of its training; by default 128, of SQuAD 384."""
     stride: int = Field(default=128, ge=1)
     """Tokens that two windows of one SQuAD paragraph share, as task.stride of its training."""
 
@@ -164,7 +164,7 @@ def _benchmark(options: Evaluate) -> Scores:
     config = TaskConfig(
         name=cast(TaskName, options.task),
         path=None if data.path is None else Path(data.path),
-        max_length=data.max_length,
+        **({} if data.max_length is None else {"max_length": data.max_length}),
         stride=data.stride,
     )
     result = evaluate_task(options.model, config, options.micro_batch or 32, options.dtype)

@@ -55,6 +55,10 @@ class Gpt2Family:
     kinds: ClassVar[tuple[Kind, ...]] = tuple(HEADS)
     causal: ClassVar[bool] = True
     pre_norm: ClassVar[bool] = True
+    own_attention: ClassVar[bool] = False
+
+    def for_config(self, _config: PretrainedConfig) -> Gpt2Family:
+        return self
 
     @property
     def head_names(self) -> tuple[str, ...]:

@@ -20,7 +20,8 @@ LAYERS = (
     {"models", "kernels"},
     {"knowledge", "objective", "pruning", "data"},
     {"student", "learner", "costs", "machines", "planning", "engine", "manifest", "resume", "checkpoint", "health"},
-    {"checks", "opening", "closing", "forecast", "weights", "evaluation", "export", "convert", "report", "train"},
+    {"checks", "opening", "closing", "forecast", "weights", "evaluation", "export", "convert", "report", "train"}
+    | {"stage_one", "finetune"},
     {"cli"},
 )
 """Lowest first: a module imports from its own layer and those before it."""
