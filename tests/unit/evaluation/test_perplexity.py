@@ -78,7 +78,7 @@ def test_windows_foretell_each_token_once_and_never_from_less_than_was_promised(
 
 def test_a_word_a_byte_and_a_token_share_one_loss(model: Path, text: str) -> None:
     scores = {name: float(score) for name, score in evaluate_perplexity(model, text).items() if name != "convention"}
-    words = 11 + 1 + 14 + 1 + 0 + 1 + 16 + 1  # of each line, and its end
+    words = 12 + 1 + 15 + 1 + 0 + 1 + 17 + 1  # of each line, and its end
     nll = scores["nll_per_token"] * scores["tokens"]
     assert (scores["words"], scores["bytes"]) == (words, len(TEXT.encode()))
     assert scores["word_perplexity"] == pytest.approx(math.exp(nll / words))
@@ -112,7 +112,7 @@ def test_detokenising_changes_what_is_read_and_not_what_is_counted(model: Path, 
     path = tmp_path / "wikitext.txt"
     path.write_text(" = Sea = \n A cold @-@ water animal , 2 @.@ 5 kg . \n", encoding="utf-8")
     as_it_is, typed = (evaluate_perplexity(model, str(path), detokenize=undone) for undone in (False, True))
-    assert as_it_is["words"] == typed["words"] == 3 + 1 + 9 + 1
+    assert as_it_is["words"] == typed["words"] == 3 + 1 + 11 + 1
     assert as_it_is["bytes"] == typed["bytes"]
     assert int(typed["tokens"]) < int(as_it_is["tokens"])
     assert "--perplexity.detokenize" in str(as_it_is["convention"])
