@@ -27,7 +27,7 @@ from homodistil.student import Blueprint
 
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
 ZERO2 = DS_CONFIGS / "zero2.json"
-WEIGHTS = {"mlm": 1.0, "kl": 1.0, "hidden": 1.0, "attention": 1.0}
+WEIGHTS = {"task": 1.0, "kl": 1.0, "hidden": 1.0, "attention": 1.0}
 BASE = Widths(hidden=768, ffn=3072, heads=12, head_width=64)
 RATE = 1e-5
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from homodistil.ds_config import DeepSpeedConfig
 
 Settings = TypeVar("Settings", bound=BaseModel)
+AnyLaunch = TypeVar("AnyLaunch", bound="Launch")
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
 
 
@@ -42,8 +43,30 @@ class Launch(Section):
     """Given by the deepspeed launcher; the environment says the same."""
 
 
+class FilterLaunch(Launch):
+    """Of which model, too."""
+
+    of: Literal["teacher", "student"]
+    """Whose filters: the model's of teacher.path, or that of student.path."""
+
+
+class SeededLaunch(Launch):
+    """How often, too."""
+
+    seeds: list[int] = Field(default=[0])
+    """A run for each, such as 1,2,3; they are summed up as mean and deviation."""
+
+
 class Pretrain(RunConfig, Launch):
     """Distil a student out of its teacher. Flags override the recipe; the defaults shown are those without one."""
+
+
+class LearnFilters(RunConfig, FilterLaunch):
+    """Learn task-aware filters (TED, stage I) with the recipe of the run that will compare them."""
+
+
+class FineTune(RunConfig, SeededLaunch):
+    """Train a model on a task of GLUE or on SQuAD, with or without a teacher. Flags override the recipe."""
 
 
 class PlanRun(RunConfig):
@@ -84,7 +107,7 @@ class Export(Section):
 
 def pretrain(arguments: Sequence[str]) -> None:
     """Load recipe and DeepSpeed JSONs, check them against each other, and train."""
-    launch, run, student, teacher = _launched("homodistil pretrain", arguments)
+    launch, run, student, teacher = _launched(Pretrain, Launch, "homodistil pretrain", arguments)
 
     from homodistil import train
 
@@ -113,18 +136,43 @@ def plan(arguments: Sequence[str]) -> None:
 
 def measure_weights(arguments: Sequence[str]) -> None:
     """Measure the weights at which a recipe's loss terms pull equally hard."""
-    _, run, student, teacher = _launched("homodistil measure-weights", arguments)
+    _, run, student, teacher = _launched(Pretrain, Launch, "homodistil measure-weights", arguments)
 
     from homodistil import weights
 
     weights.measure_weights(run, student, teacher)
 
 
-def _launched(program: str, arguments: Sequence[str]) -> tuple[Launch, RunConfig, DeepSpeedConfig, DeepSpeedConfig]:
-    """Flags, recipe and both DeepSpeed JSONs, checked against each other."""
-    given = parse(Pretrain, program, arguments)
-    launch = _checked(Launch, {name: given.pop(name) for name in Launch.model_fields if name in given})
-    run = RunConfig.load(given.pop("recipe", "quickstart"), given)
+def learn_filters(arguments: Sequence[str]) -> None:
+    """Learn task-aware filters of a teacher or a student (TED, stage I)."""
+    launch, run, student, teacher = _launched(LearnFilters, FilterLaunch, "homodistil learn-filters", arguments)
+
+    from homodistil import stage_one
+
+    stage_one.learn_filters(run, launch.of, student, teacher)
+
+
+def finetune(arguments: Sequence[str]) -> None:
+    """Train a model on GLUE or SQuAD, with or without a teacher."""
+    launch, run, student, teacher = _launched(FineTune, SeededLaunch, "homodistil finetune", arguments, "finetune")
+
+    from homodistil import finetune as seeds
+
+    seeds.finetune(run, launch.seeds, student, teacher)
+
+
+def _launched(
+    command: type[BaseModel],
+    settings: type[AnyLaunch],
+    program: str,
+    arguments: Sequence[str],
+    recipe: str = "quickstart",
+) -> tuple[AnyLaunch, RunConfig, DeepSpeedConfig, DeepSpeedConfig]:
+    """Flags, recipe and both DeepSpeed JSONs, checked against each other. settings: the command's own flags, besides
+    those of a recipe; recipe: the one without --recipe."""
+    given = parse(command, program, arguments)
+    launch = _checked(settings, {name: given.pop(name) for name in settings.model_fields if name in given})
+    run = RunConfig.load(given.pop("recipe", recipe), given)
 
     from homodistil.ds_config import DeepSpeedConfig
     from homodistil.quiet import hush
@@ -171,6 +219,8 @@ def verify_shards(arguments: Sequence[str]) -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "pretrain": pretrain,
+    "learn-filters": learn_filters,
+    "finetune": finetune,
     "plan": plan,
     "measure-weights": measure_weights,
     "evaluate": evaluate,

@@ -1,4 +1,4 @@
-"""Closing a run: the student as a Hugging Face directory, its summary and report, and where to look."""
+"""Closing a run: what it made, as a Hugging Face directory or a folder of filters, its summary and report."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ import torch
 
 from homodistil.batch import Batch
 from homodistil.errors import Stopped
-from homodistil.evaluation.language_modeling import load_stock, score, unigram
+from homodistil.evaluation.language_modeling import score, unigram
+from homodistil.evaluation.stock import load_stock
+from homodistil.evaluation.tasks import evaluate_task, save_predictions
 from homodistil.export import export_student
+from homodistil.knowledge.filters import save_filters
+from homodistil.learner import describe
 from homodistil.metrics import peak_memory_bytes
 from homodistil.models.loading import model_directory
 from homodistil.objective.measures import Measures
 from homodistil.opening import Plan, Training
 from homodistil.report import write_report
 from homodistil.summary import RunSummary, Score, StudentFigures, TeacherFigures, Validation, print_table
+from homodistil.tasks import Task
 
 
 def finish(training: Training) -> RunSummary:
@@ -29,8 +34,10 @@ def finish(training: Training) -> RunSummary:
 
     def leave_behind() -> RunSummary:
         directory = plan.run.run.path
-        tokenizer = plan.run.data.shards / plan.index.tokenizer_name
-        export_student(weights, plan.blueprint, shape, directory / "student", tokenizer)
+        if plan.run.filters.of is None:
+            export_student(weights, plan.blueprint, shape, directory / "student", plan.tokenizer)
+        else:
+            save_filters(directory / "filters", weights, describe(plan.blueprint))
         validation = _validation(plan, measures, training.held_out, training.ranks.device)
         scored = summary.model_copy(update={"validation": validation})
         scored.write(directory)
@@ -80,26 +87,37 @@ def _summary(training: Training) -> RunSummary:
 
 
 def _validation(plan: Plan, measures: Measures, held_out: list[Batch], device: torch.device) -> Validation:
-    """Losses as measured by the engines over all ranks; speed of the stock models, on this rank's batches."""
-    run = plan.run
-    dtype = str(plan.dtype).removeprefix("torch.")
-
-    def speed(model: Path) -> float:
-        stock = load_stock(model, dtype).to(device)  # type: ignore[arg-type]  # a decorator hides its signature
-        return score(stock, held_out)["tokens_per_second"]
-
+    """Losses as measured by the engines over all ranks; speed of the stock models, on this rank's batches; a
+    benchmark's own metrics, of the stock model."""
+    run, student = plan.run, plan.run.run.path / "student"
     teacher = None
-    if measures.teacher_mlm_loss is not None and measures.teacher_mlm_accuracy is not None and run.teacher.path:
-        teacher = Score(
-            mlm_loss=measures.teacher_mlm_loss,
-            mlm_accuracy=measures.teacher_mlm_accuracy,
-            tokens_per_second=speed(model_directory(run.teacher.path)),
-        )
-    student = Score(
-        mlm_loss=measures.student_mlm_loss,
-        mlm_accuracy=measures.student_mlm_accuracy,
-        tokens_per_second=speed(run.run.path / "student"),
+    if measures.teacher_loss is not None and measures.teacher_accuracy is not None:
+        teacher = _score(plan.task, measures.teacher_loss, measures.teacher_accuracy)
+    scores = Validation(
+        teacher=teacher,
+        student=_score(plan.task, measures.student_loss, measures.student_accuracy),
+        unigram=unigram(run.data.shards, held_out, plan.task.prefix) if plan.task.is_language_modeling else None,
+        kl=measures.kl,
     )
-    return Validation(
-        teacher=teacher, student=student, unigram=Score(**unigram(run.data.shards, held_out)), kl=measures.kl
-    )
+    if run.filters.of is not None:
+        return scores
+    if not plan.task.is_language_modeling:
+        result = evaluate_task(student, run.task, run.data.micro_batch, "float32")
+        save_predictions(result, run.run.path / "predictions.jsonl")
+        scores.student.update(result.metrics)
+        return scores
+    scores.student["tokens_per_second"] = _speed(student, plan, held_out, device)
+    if scores.teacher is not None and run.teacher.path:
+        scores.teacher["tokens_per_second"] = _speed(model_directory(run.teacher.path), plan, held_out, device)
+    return scores
+
+
+def _score(task: Task, loss: float, accuracy: float) -> Score:
+    own = {f"{task.prefix}_loss": loss}
+    return own if task.kind == "regression" else {**own, f"{task.prefix}_accuracy": accuracy}
+
+
+def _speed(model: Path, plan: Plan, held_out: list[Batch], device: torch.device) -> float:
+    """Tokens a second of forward passes."""
+    stock = load_stock(model, str(plan.dtype).removeprefix("torch."), plan.task.kind).to(device)  # type: ignore[arg-type]
+    return score(stock, held_out)["tokens_per_second"]

@@ -83,6 +83,8 @@ class TeacherConfig(Section):
     `auto` is zero3 when there is more than one rank."""
     recipe: str | None = None
     """Recipe that trains this teacher first, when `path` does not exist yet."""
+    filters: Path | None = None
+    """Folder of its task-aware filters, for `objective.hidden.aligner: filter`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -99,11 +101,20 @@ class TeacherConfig(Section):
 class StudentConfig(Section):
     """The model that is trained."""
 
+    path: str | None = None
+    """A Hugging Face directory to start from; by default the student starts as its teacher."""
     init: Literal["teacher", "random"] = "teacher"
-    """`teacher`: start as the teacher and shrink on the ladder. `random`: new weights, at the target shape
-    from the first update (with `teacher: none`, at the shape in `config`)."""
+    """`teacher`: start as the teacher (or as `path`) and shrink on the ladder. `random`: new weights, at the target
+    shape from the first update (with `teacher: none`, at the shape in `config`)."""
     layers: list[Annotated[int, Field(ge=0)]] | None = None
-    """Teacher's layers, counted from 0, that the student has from the first update, such as 1,3,5; all by default."""
+    """The layers it starts with, of the teacher's (or of those of `path`), counted from 0, such as 1,3,5; all by
+    default."""
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Of every dropout in the model; by default 0 where it is distilled on text, and else the model's own."""
+    head_dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Of a classifier's last map; by default as all others."""
+    filters: Path | None = None
+    """Folder of its task-aware filters, for `objective.hidden.aligner: filter`; by default the teacher's."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Fields of a Hugging Face BertConfig, for a model made from nothing (`teacher: none`); on the command
     line as `--student.config hidden_size=128`."""
@@ -119,9 +130,37 @@ class StudentConfig(Section):
 class KnowledgeConfig(Section):
     """What of the teacher's hidden states and attention the student is compared with."""
 
+    interval: int = Field(default=1, ge=1)
+    """Every so many of the student's layers one is compared, up to the last; divides their number."""
     layers: list[Annotated[int, Field(ge=0)]] | None = None
-    """For each of the student's layers, the teacher's that it is compared with, counted from 0; by default evenly
-    spaced up to the last. The embeddings are compared with the embeddings."""
+    """For each of those layers, the teacher's that it is compared with, counted from 0; by default evenly spaced up to
+    the last."""
+    embeddings: bool = True
+    """Compare the embeddings' output as well; filters have none there."""
+
+
+class FiltersConfig(Section):
+    """Task-aware filters (TED, stage I): linear maps of layers' outputs, learned before distilling."""
+
+    of: Literal["teacher", "student"] | None = None
+    """Whose filters this run learns, instead of distilling; launchers/learn_filters.py sets it."""
+    layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """Of that model, counted from 0; by default those that `knowledge` compares."""
+    teacher: str | None = None
+    """Whose width the filters of a student lead to, and whose head scores them; launchers/learn_filters.py sets it."""
+    hidden: int | None = Field(default=None, ge=1)
+    """Width of a layer inside the filter; by default the filter is one linear map."""
+    activation: Literal["gelu", "relu", "tanh"] = "gelu"
+    """After that inner layer."""
+    init: Literal["random", "identity"] = "random"
+    """`identity` lets filters of square, single maps start with the layer's output as it is."""
+    head: Literal["shared", "new"] = "shared"
+    """In language modelling, what scores a filter's output: the teacher's frozen `shared` head, or a `new` one per
+    filter. A benchmark's task always takes new ones."""
+    updates: int | None = Field(default=None, ge=1)
+    """Optimizer updates; by default `run.updates`."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak; by default `optimizer.learning_rate`."""
 
 
 class DataConfig(Section):
@@ -172,22 +211,23 @@ class Term(Section):
     """Factor of this term in the sum; 0 leaves it out."""
 
 
-class MlmTerm(Term):
-    """Cross-entropy with the true tokens at the masked positions."""
+class TaskTerm(Term):
+    """The task's own loss: cross-entropy with the true tokens or classes; a regression's squared error."""
 
 
 class KlTerm(Term):
-    """KL(teacher || student) at a temperature, times its square."""
+    """KL(teacher || student) at a temperature, times its square; of a regression the squared difference."""
 
     temperature: float = Field(default=2.0, gt=0)
     """Softens both distributions."""
 
 
 class HiddenTerm(Term):
-    """Mean squared difference of hidden states, embeddings included."""
+    """Mean squared difference of hidden states."""
 
-    aligner: Literal["projection", "indexed"] = "projection"
-    """`projection`: a learned linear map per layer. `indexed`: the teacher's own kept dimensions."""
+    aligner: Literal["projection", "indexed", "filter"] = "projection"
+    """`projection`: a learned linear map per layer. `indexed`: the teacher's own kept dimensions. `filter`: task-aware
+    filters on both sides, from launchers/learn_filters.py (TED)."""
     projection_init: Literal["identity", "random"] = "identity"
     """`identity` on the student's own dimensions makes the term 0 at the start."""
 
@@ -200,9 +240,9 @@ class AttentionTerm(Term):
 
 
 class ObjectiveConfig(Section):
-    """L = mlm + a1 kl + a2 hidden + a3 attention; measure a1..a3 with `homodistil measure-weights`."""
+    """L = task + a1 kl + a2 hidden + a3 attention; measure a1..a3 with `homodistil measure-weights`."""
 
-    mlm: MlmTerm = MlmTerm()
+    task: TaskTerm = TaskTerm()
     kl: KlTerm = KlTerm()
     hidden: HiddenTerm = HiddenTerm()
     attention: AttentionTerm = AttentionTerm()
@@ -322,6 +362,7 @@ class RunConfig(Section):
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
     knowledge: KnowledgeConfig = KnowledgeConfig()
+    filters: FiltersConfig = FiltersConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -335,7 +376,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _warm_up_ends_before_pruning(self) -> RunConfig:
-        if self.teacher.path and self.student.init == "teacher" and self.optimizer.warmup > self.pruning.start:
+        prunes = self.teacher.path and self.student.init == "teacher" and self.pruning.target != TargetShape()
+        if prunes and self.optimizer.warmup > self.pruning.start:
             raise ValueError(
                 f"optimizer.warmup ({self.optimizer.warmup}) ends after pruning.start ({self.pruning.start}): "
                 "scores taken while the rate still rises would decide the first prune. Lower warmup or raise start."
@@ -355,6 +397,21 @@ class RunConfig(Section):
             raise ConfigError(explain(error, cls, origin)) from None
         run._origin = origin
         return run
+
+    def with_filter_folders(self) -> RunConfig:
+        """Where filters are compared: the folders that launchers/learn_filters.py leaves for this run, unless others
+        are named. A student that starts as its teacher has its teacher's."""
+        if self.objective.hidden.aligner != "filter" or self.objective.hidden.weight == 0 or self.teacher.path is None:
+            return self
+        run = self.model_copy(deep=True)
+        run.teacher.filters = run.teacher.filters or run.filter_folder("teacher")
+        if run.student.path is not None:
+            run.student.filters = run.student.filters or run.filter_folder("student")
+        return run
+
+    def filter_folder(self, of: str) -> Path:
+        """Where the filters that are learned for this run end up."""
+        return self.run.directory / f"{self.run.name}-{of}_filters" / "filters"
 
     def origin(self, key: str) -> str | None:
         """Where `section.field` was set, in words; None when it is still this file's default."""

@@ -64,12 +64,13 @@ def micro_batch_cost(
     """Of a student of these widths beside the whole teacher, if the run has one, on full sequences. maps: attention
     is written out."""
     attention = attention_implementation("eager") if maps else register("homodistil_counted", _one_kernel)
-    blueprint = replace(blueprint, attention=attention)
+    blueprint, family = replace(blueprint, attention=attention), blueprint.family
     student = _on_meta(Student.unfilled(blueprint, blueprint.full_shape.first(widths)), dtype).train()
-    rows = _full_batch(sequences, length, round(blueprint.run.data.mask_probability * length))
+    slots = length - 1 if family.kind == "causal" else round(blueprint.run.data.mask_probability * length)
+    rows = _full_batch(sequences, length, slots)
     teacher = None
     if blueprint.run.teacher.path is not None:
-        teacher = _on_meta(FrozenModel(skeleton(blueprint.config, attention), blueprint.family), dtype)
+        teacher = _on_meta(FrozenModel(skeleton(blueprint.config, attention, family.kind), family), dtype)
     for parameter in student.parameters():  # ZeRO takes a gradient as soon as it is there
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
     with FlopCounterMode(display=False) as products, _Counter() as counter:

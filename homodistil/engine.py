@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.utils import logger as deepspeed_logger
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from homodistil.batch import Batch
@@ -19,6 +20,7 @@ from homodistil.hardware import keep_freed_memory
 from homodistil.kernels.compiling import compile_encoder
 from homodistil.knowledge.ahead import Ahead
 from homodistil.knowledge.teacher import FrozenModel, Teacher
+from homodistil.learner import FilterLearner
 from homodistil.models.base import ModelFamily
 from homodistil.models.groups import kept_positions
 from homodistil.models.shape import StudentShape
@@ -26,11 +28,12 @@ from homodistil.objective.measures import Measures
 from homodistil.pruning.coordinator import PrunePlan
 from homodistil.pruning.surgery import sliced
 from homodistil.ranks import Ranks, rendezvous, share_cores
-from homodistil.signals import Knowledge, Signals
+from homodistil.signals import Compared, Knowledge, Signals
 from homodistil.state import MASTER, Fragment, Movable, Range, StudentState
-from homodistil.student import MODEL, Blueprint, Student, as_tuple
+from homodistil.student import Blueprint, Student, as_tuple
 from homodistil.zero import ZeroStudent, collect, release
 
+Trained = Student | FilterLearner
 PATIENCE = timedelta(minutes=60)  # rank 0 may be building shards meanwhile
 
 
@@ -65,11 +68,12 @@ def _farewell(ranks: Ranks) -> None:
 
 
 class StudentEngine:
-    """A student of one shape in a ZeRO engine. A prune ends it and returns the next one."""
+    """A student of one shape, or what else is trained, in a ZeRO engine. A prune ends it and returns the next one."""
 
-    def __init__(self, student: Student, blueprint: Blueprint, settings: dict[str, Any], ranks: Ranks) -> None:
+    def __init__(self, student: Trained, blueprint: Blueprint, settings: dict[str, Any], ranks: Ranks) -> None:
         """Collective. `settings`: the DeepSpeed JSON, every "auto" filled."""
-        self.shape, self.groups = student.shape, student.groups
+        self.shape, self.groups, self.loss_weights = student.shape, list(student.groups), student.loss_weights
+        self._exported = student.exported
         self.parameters = sum(p.numel() for p in student.model.parameters())
         self.trained_parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)  # aligners as well
         self._blueprint, self._settings, self._ranks = blueprint, settings, ranks
@@ -93,9 +97,8 @@ class StudentEngine:
         shape: StudentShape,
         state: Movable | None = None,
     ) -> StudentEngine:
-        """An engine over `model`'s weights, or over a `state` for the given shape. Collective."""
-        student = Student(model, blueprint, shape) if model else Student.unfilled(blueprint, shape)
-        engine = cls(student, blueprint, settings, ranks)
+        """An engine over `model`'s weights, over a `state` for the given shape, or over both. Collective."""
+        engine = cls(_trained(blueprint, shape, model), blueprint, settings, ranks)
         if state is not None:
             engine._zero.load(state)
         return engine
@@ -178,14 +181,14 @@ class StudentEngine:
         return student
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The model's fp32 masters by their Hugging Face names, whole, on rank 0 alone. Collective: every rank must
-        exhaust it."""
+        """The fp32 masters of what the run leaves behind, a model by its Hugging Face names, whole, on rank 0 alone.
+        Collective: every rank must exhaust it."""
         layout = {name: Range(0, shape.numel()) for name, shape in self._zero.shapes.items()}
         for name, piece in self._zero.export((MASTER,)).moved(
             layout if self._ranks.is_first else {}, self._ranks.device
         ):
-            if name.startswith(f"{MODEL}."):
-                yield name.removeprefix(f"{MODEL}."), piece.values[MASTER].view(piece.shape).cpu()
+            if name.startswith(f"{self._exported}."):
+                yield name.removeprefix(f"{self._exported}."), piece.values[MASTER].view(piece.shape).cpu()
 
     def shrunk(self, plan: PrunePlan) -> StudentEngine:
         """The next engine: weights, masters, moments, buffers, aligners and step narrowed by one plan. This one is
@@ -214,11 +217,14 @@ class TeacherEngine:
         ranks: Ranks,
         settings: dict[str, Any] | None,
         compiled: bool = False,
+        compared: Compared | None = None,
+        filters: Path | None = None,
     ) -> None:
-        """Collective. `settings`: DeepSpeed JSON of a ZeRO-3 engine, or None for a replica, which can be compiled."""
+        """Collective. `settings`: DeepSpeed JSON of a ZeRO-3 engine, or None for a replica, which can be compiled.
+        compared, filters: what it hands over, as FrozenModel has it."""
         self.config: PretrainedConfig = model.config
         self.parameters = sum(p.numel() for p in model.parameters())
-        module = FrozenModel(model, family)
+        module = FrozenModel(model, family, compared, filters)
         if compiled:
             compile_encoder(model)
         self._engine = None
@@ -239,7 +245,14 @@ class TeacherEngine:
         collect()
 
 
-def parameter_groups(student: Student) -> list[dict[str, Any]]:
+def _trained(blueprint: Blueprint, shape: StudentShape, model: PreTrainedModel | None) -> Trained:
+    if blueprint.run.filters.of is not None:
+        assert model is not None, "a frozen model is in no state"
+        return FilterLearner(model, blueprint, shape)
+    return Student(model, blueprint, shape) if model else Student.unfilled(blueprint, shape)
+
+
+def parameter_groups(student: nn.Module) -> list[dict[str, Any]]:
     """Matrices decay; biases and LayerNorm gains, the vectors, do not."""
     trained = [p for p in student.parameters() if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim == 1]

@@ -13,37 +13,47 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForMaskedLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from homodistil.config import RunConfig
 from homodistil.data.tokenizer import open_tokenizer
 from homodistil.errors import ModelError
-from homodistil.models.loading import materialise, model_hash, skeleton
+from homodistil.models.loading import AUTO_CLASSES, materialise, model_hash, skeleton
 from homodistil.models.shape import StudentShape, Widths
 from homodistil.student import Blueprint
+from homodistil.tasks import Kind
 
 PROVENANCE = "homodistil.json"
 
 CARD = """---
 library_name: transformers
-pipeline_tag: fill-mask
+pipeline_tag: {pipeline}
 tags: [distillation, pruning, homodistil]
 ---
 # {name}
 
-A masked language model of {millions:.1f} M parameters: {layers} layers, {widths}.
+A {noun} of {millions:.1f} M parameters: {layers} layers, {widths}.
 {origin}
 
 ```python
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForMaskedLM.from_pretrained("path/to/this/folder")
+model = {auto}.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 
 Weights are fp32. Dropout is the original's, for fine-tuning. `{provenance}` holds the whole configuration of the
 run, the teacher's hash, and which of its units each of these is.
 """
+
+WORDS: dict[Kind, tuple[str, str]] = {
+    "masked": ("fill-mask", "masked language model"),
+    "causal": ("text-generation", "causal language model"),
+    "classification": ("text-classification", "text classifier"),
+    "regression": ("text-classification", "text regressor"),
+    "span": ("question-answering", "question-answering model"),
+}
+"""The model hub's name of what a model of each kind is for, and ours of the model."""
 
 
 def export_student(
@@ -64,17 +74,17 @@ def export_student(
     model.save_pretrained(partial)
     open_tokenizer(tokenizer).save_pretrained(partial)
     (partial / PROVENANCE).write_text(json.dumps(_provenance(blueprint.run, shape), indent=1) + "\n", encoding="utf-8")
-    (partial / "README.md").write_text(_card(directory.name, model, blueprint.run, shape), encoding="utf-8")
-    verify_export(partial, model)
+    (partial / "README.md").write_text(_card(directory.name, model, blueprint, shape), encoding="utf-8")
+    verify_export(partial, model, blueprint.family.kind)
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
     return directory
 
 
-def verify_export(directory: Path, model: PreTrainedModel) -> None:
+def verify_export(directory: Path, model: PreTrainedModel, kind: Kind = "masked") -> None:
     """Load `directory` with stock transformers and compare it with `model`, bit by bit. Raises `ModelError`."""
-    loaded, report = AutoModelForMaskedLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
-    faults = [f"{kind.replace('_', ' ')}: {sorted(names)}" for kind, names in report.items() if names]
+    loaded, report = AUTO_CLASSES[kind].from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
+    faults = [f"{fault.replace('_', ' ')}: {sorted(names)}" for fault, names in report.items() if names]
     expected, found = model.state_dict(), loaded.state_dict()
     faults += [f"{name} differs" for name in expected if not torch.equal(expected[name], found[name])]
     if faults:
@@ -86,9 +96,10 @@ def verify_export(directory: Path, model: PreTrainedModel) -> None:
 
 def _stock_model(weights: Mapping[str, Tensor], blueprint: Blueprint, shape: StudentShape) -> PreTrainedModel:
     """A plain model with these weights, which scales its attention scores by its own head width."""
-    model = skeleton(blueprint.family.stock_config(blueprint.student_config, shape.widths))
+    family = blueprint.family
+    model = skeleton(family.stock_config(blueprint.student_config, shape.widths), kind=family.kind)
     materialise(model)
-    factors = blueprint.family.fold_attention_scale(shape)
+    factors = family.fold_attention_scale(shape)
     parameters = dict(model.named_parameters())
     if faults := sorted(_shapes(parameters) ^ _shapes(weights)):
         raise ModelError(f"export of {shape.widths}: given weights and a stock model differ in {faults}.")
@@ -115,14 +126,18 @@ def _provenance(run: RunConfig, shape: StudentShape) -> dict[str, object]:
     }
 
 
-def _card(name: str, model: PreTrainedModel, run: RunConfig, shape: StudentShape) -> str:
+def _card(name: str, model: PreTrainedModel, blueprint: Blueprint, shape: StudentShape) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    pipeline, noun = WORDS[blueprint.family.kind]
     return CARD.format(
         name=name,
+        pipeline=pipeline,
+        noun=noun,
+        auto=AUTO_CLASSES[blueprint.family.kind].__name__,
         millions=parameters / 1e6,
         layers=shape.layers,
         widths=shape.widths,
-        origin=_origin(run, shape.teacher),
+        origin=_origin(blueprint.run, shape.teacher),
         provenance=PROVENANCE,
     )
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import BertConfig, PretrainedConfig
 
+from homodistil.checks import check_length
 from homodistil.config import RunConfig
 from homodistil.data.shards import ShardIndex
 from homodistil.ds_config import DeepSpeedConfig, micro_batch_size
@@ -21,11 +22,12 @@ from homodistil.machines import GIB, Machine
 from homodistil.models import family_of
 from homodistil.models.attention import attention_implementation
 from homodistil.models.shape import Widths
-from homodistil.opening import Plan, check_length, original_config, plan_shapes
+from homodistil.opening import Plan, original_config, plan_shapes
 from homodistil.planning import Outlook, Planner, Update, bound_by_communication
 from homodistil.progress import progress_bar
 from homodistil.ranks import Ranks
 from homodistil.student import Blueprint, Student
+from homodistil.tasks import Kind
 
 WELL_KNOWN = {"google-bert/bert-base-uncased": BertConfig}
 """Teachers whose widths are known, so that no network is asked for them."""
@@ -42,7 +44,7 @@ def show_forecast(plan: Plan, ranks: Ranks) -> None:
             plan.blueprint,
             plan.ladder,
             plan.start.widths,
-            plan.index.sequence_length,
+            plan.source.sequence_length,
             machine,
             plan.ds_config,
             plan.dtype,
@@ -77,7 +79,7 @@ def show_plan(
             f"{ds_config.path}: bf16 is not enabled, and the speeds of GPUs here are bf16's. Plan with bf16, or use "
             "`pretrain --dry_run` on the machine itself."
         )
-    blueprint = Blueprint(family_of(config), config, run, attention_implementation("sdpa"))
+    blueprint = Blueprint(family_of(config, run.task.task.kind), config, run, attention_implementation("sdpa"))
     start, ladder = plan_shapes(blueprint)
     planner = Planner(blueprint, ladder, start.widths, tokens, machine, ds_config, ds_config.dtype)
     _count(planner)
@@ -109,17 +111,17 @@ def parameters_of(blueprint: Blueprint, widths: Widths) -> int:
 def update_flops(plan: Plan, widths: Widths) -> float:
     """Arithmetic of one update over all ranks: forward and backward of the student, forward of the teacher, the
     vocabulary projection at scored positions only. Attention maps, 2-3 % at 128 tokens, are left out."""
-    length, data = plan.index.sequence_length, plan.run.data
-    tokens, vocabulary = data.global_batch * length, plan.index.vocab_size
+    shares: dict[Kind, float] = {"masked": plan.run.data.mask_probability, "causal": 1.0}
+    scored, vocabulary = shares.get(plan.task.kind, 0.0), plan.source.vocab_size
 
     def per_token(shape: Widths, layers: int) -> float:
         layer = 4 * shape.hidden * shape.heads * shape.head_width + 2 * shape.hidden * shape.ffn
-        head = data.mask_probability * (vocabulary + shape.hidden) * shape.hidden
+        head = scored * (vocabulary + shape.hidden) * shape.hidden
         return 2 * (layers * layer + head)
 
-    whole = plan.family.widths(plan.blueprint.config), plan.family.layers(plan.blueprint.config)
-    teacher = per_token(*whole) if plan.run.teacher.path else 0.0
-    return tokens * (3 * per_token(widths, plan.start.layers) + teacher)
+    config = plan.blueprint.teacher_config
+    teacher = per_token(plan.family.widths(config), plan.family.layers(config)) if plan.run.teacher.path else 0.0
+    return plan.tokens_per_update * (3 * per_token(widths, plan.start.layers) + teacher)
 
 
 def _config(run: RunConfig, vocab_size: int) -> PretrainedConfig:

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from homodistil.config import ObjectiveConfig, RunConfig
+from homodistil.config import RunConfig
 from homodistil.files import write_durably
 from homodistil.progress import progress_bar
 from homodistil.ranks import Ranks
@@ -65,10 +65,18 @@ class Metrics:
     """
 
     def __init__(
-        self, run: RunConfig, ranks: Ranks, peak_flops: float, start: int = 0, progress: Progress | None = None
+        self,
+        run: RunConfig,
+        ranks: Ranks,
+        peak_flops: float,
+        start: int = 0,
+        progress: Progress | None = None,
+        loss_weights: Scalars | None = None,
     ) -> None:
         """peak_flops: FLOP/s of one rank's plain matrix product. start: updates done by earlier processes, of which
-        `progress` is what they had counted."""
+        `progress` is what they had counted. loss_weights: of the terms in the total; the objective's by default."""
+        terms = type(run.objective).model_fields
+        self._loss_weights = loss_weights or {name: getattr(run.objective, name).weight for name in terms}
         progress = progress or Progress()
         self._run, self._ranks, self._peak_flops, self.start = run, ranks, peak_flops, start
         self._clock = _Clock(progress.seconds)
@@ -117,7 +125,7 @@ class Metrics:
         seconds = self._clock.lap()
         means = self._window.means(self._ranks)
         scalars = {
-            **loss_scalars(self._run.objective, means),
+            **loss_scalars(self._loss_weights, means),
             "speed/tokens_per_second": self._window.work.tokens / seconds,
             "speed/utilisation": self._window.work.flops / seconds / (self._peak_flops * self._ranks.world_size),
             "memory/peak_bytes": float(peak_memory_bytes()),
@@ -202,7 +210,7 @@ class Metrics:
     def _warn_of_faint_terms(self, scalars: Scalars) -> None:
         shares = _group(scalars, "share")
         for name in shares.keys() - self._faint_terms:
-            if shares[name] < SMALLEST_SHARE and getattr(self._run.objective, name).weight > 0:
+            if shares[name] < SMALLEST_SHARE and self._loss_weights[name] > 0:
                 self._faint_terms.add(name)
                 message = (
                     "objective.%s is %.2g of the total loss, less than %g: it hardly steers the student. "
@@ -211,9 +219,9 @@ class Metrics:
                 logger.warning(message, name, shares[name], SMALLEST_SHARE, name)
 
 
-def loss_scalars(objective: ObjectiveConfig, losses: Scalars) -> dict[str, float]:
+def loss_scalars(weights: Scalars, losses: Scalars) -> dict[str, float]:
     """`loss/*`: the total and each unweighted term; `share/*`: each term's weighted part of the total."""
-    weighted = {name: getattr(objective, name).weight * loss for name, loss in losses.items()}
+    weighted = {name: weights[name] * loss for name, loss in losses.items()}
     total = sum(weighted.values())
     scalars = {"loss/total": total} | {f"loss/{name}": loss for name, loss in losses.items()}
     return scalars | {f"share/{name}": value / total if total else 0.0 for name, value in weighted.items()}

@@ -1,36 +1,39 @@
-"""Opening a run: what must exist first (shards, a teacher), what must fit together, and the first engines.
+"""Opening a run: what must exist first (examples, a teacher), its plan, and the first engines.
 
-Everything that can be refused is refused here, before the training starts.
+Everything that can be refused is refused while a run is planned, before the training starts; checks.py says what.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from homodistil import checks
 from homodistil.batch import Batch
 from homodistil.checkpoint import Checkpoints
+from homodistil.checks import Source, is_sharded
 from homodistil.config import RunConfig
 from homodistil.data.build import build_shards
+from homodistil.data.examples import TaskData, TaskStream, updates_for
 from homodistil.data.shards import ShardIndex
-from homodistil.data.stream import Stream, check_divisions
-from homodistil.data.tokenizer import tokenizer_hash
+from homodistil.data.stream import Stream
 from homodistil.ds_config import DeepSpeedConfig
 from homodistil.engine import StudentEngine, TeacherEngine
-from homodistil.errors import ConfigError, DataError
-from homodistil.export import refuse_to_replace_anything_else
+from homodistil.errors import ConfigError
+from homodistil.files import sha256
 from homodistil.hardware import matrix_product_flops
 from homodistil.health import Health
 from homodistil.metrics import Metrics
 from homodistil.models import family_of
 from homodistil.models.attention import attention_implementation
 from homodistil.models.base import ModelFamily
-from homodistil.models.loading import bert_config, load_config, load_model, model_directory, model_hash, new_model
+from homodistil.models.loading import load_config, load_model, model_directory, model_hash, new_config, new_model
 from homodistil.models.shape import StudentShape
 from homodistil.objective.measures import Measures
 from homodistil.pruning.coordinator import PruningCoordinator
@@ -39,10 +42,14 @@ from homodistil.ranks import Ranks
 from homodistil.resume import RunState, resume
 from homodistil.student import Blueprint
 from homodistil.summary import FILE as SUMMARY
+from homodistil.tasks import Task
 
 
-def provide_shards(run: RunConfig, ranks: Ranks) -> ShardIndex:
-    """The index of `data.shards`, building them from `data.source` first if they do not exist. Collective."""
+def provide_data(run: RunConfig, ranks: Ranks) -> Source:
+    """What the run reads: a benchmark's examples, or the index of `data.shards`, which are built from `data.source`
+    first if they do not exist. Collective."""
+    if not run.task.task.is_language_modeling:
+        return TaskData.open(run.task, tokenizer_directory(run))
     data = run.data
     source = data.source
     if source and not ranks.broadcast((data.shards / "index.json").is_file()):
@@ -64,11 +71,11 @@ def provide_teacher(run: RunConfig, ranks: Ranks, train: Callable[[RunConfig], o
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that was found sound: its original model's config, its shapes, its ladder."""
+    """A run that was found sound: what it reads, its original model's config, its shapes, its ladder."""
 
     run: RunConfig
     ds_config: DeepSpeedConfig
-    index: ShardIndex
+    source: Source
     blueprint: Blueprint
     start: StudentShape
     ladder: Ladder
@@ -79,7 +86,19 @@ class Plan:
 
     @property
     def tokens_per_update(self) -> int:
-        return self.run.data.global_batch * self.index.sequence_length
+        """Padding left out."""
+        return round(self.run.data.global_batch * self.source.mean_length)
+
+    @property
+    def task(self) -> Task:
+        return self.run.task.task
+
+    @property
+    def tokenizer(self) -> Path:
+        """Where the tokenizer lies that made the run's tokens."""
+        if isinstance(self.source, TaskData):
+            return self.source.tokenizer
+        return self.run.data.shards / ShardIndex.tokenizer_name
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,45 +107,66 @@ class Plan:
     @cached_property
     def identity(self) -> dict[str, str | int | float | None]:
         """What decides a run's numbers besides its configuration, for its checkpoints to compare. Reads the teacher."""
-        teacher = self.run.teacher.path
+        run = self.run
+        models = {"teacher": run.teacher.path, "student": run.student.path, "filters_teacher": run.filters.teacher}
+        filters = {"teacher_filters": run.teacher.filters, "student_filters": run.student.filters}
         return {
-            "teacher": model_hash(teacher) if teacher else None,
+            **{name: model_hash(path) if path else None for name, path in models.items()},
+            **{name: sha256(*sorted(path.glob("filters.*"))) if path else None for name, path in filters.items()},
             "architecture": self.blueprint.architecture_sha256,
-            "tokenizer": self.index.tokenizer_sha256,
-            "corpus": self.index.sha256,
+            "tokenizer": self.source.tokenizer_sha256,
+            "corpus": self.source.sha256,
             "precision": str(self.dtype).removeprefix("torch."),
             "gradient_clipping": self.ds_config.values.get("gradient_clipping"),
         }
 
 
-def plan_run(run: RunConfig, index: ShardIndex, ds_config: DeepSpeedConfig, world_size: int) -> Plan:
+def plan_run(run: RunConfig, source: Source, ds_config: DeepSpeedConfig, world_size: int) -> Plan:
     """Check that batch, data, teacher and target shape belong together. Raises the error to act on."""
-    check_divisions(run.data, index, world_size)
-    ds_config.resolved(run, world_size)
-    _check_compile(run, ds_config, world_size)
-    _check_destination(run)
-    _check_tokenizer(run, index)
-    config = original_config(run, index.vocab_size)
-    check_length(run, config, index.sequence_length)
-    _check_vocabulary(run, config, index)
-    blueprint = Blueprint(family_of(config), config, run, attention_implementation(run.performance.attention))
+    run = _with_updates(run, source)
+    checks.check_batches(run, source, ds_config, world_size)
+    checks.check_destination(run)
+    checks.check_tokenizer(run, source)
+    blueprint = draw_blueprint(run, source.vocab_size)
+    checks.check_length(run, blueprint.config, source.sequence_length)
+    checks.check_vocabulary(run, blueprint.teacher_config, source)
     start, ladder = plan_shapes(blueprint)
-    return Plan(run, ds_config, index, blueprint, start, ladder)
+    checks.check_filters(blueprint)
+    return Plan(run, ds_config, source, blueprint, start, ladder)
+
+
+def _with_updates(run: RunConfig, source: Source) -> RunConfig:
+    """`run` with as many updates as its passes over a benchmark's examples take."""
+    epochs = run.task.epochs
+    if not isinstance(source, TaskData) or epochs is None:
+        return run
+    run = run.model_copy(deep=True)
+    run.run.updates = updates_for(epochs, source.count("train"), run.data.global_batch)
+    return run
+
+
+def draw_blueprint(run: RunConfig, vocab_size: int) -> Blueprint:
+    """What a run's students are built from. Raises `ModelError` for models that cannot serve, or not each other."""
+    config, kind = original_config(run, vocab_size), run.task.task.kind
+    teacher = None
+    if run.student.path is not None and (other := run.teacher.path or run.filters.teacher) is not None:
+        teacher = load_config(other, run.task.task)
+        checks.check_same_family(run.student.path, config, other, teacher)
+    attention = attention_implementation(run.performance.attention)
+    return Blueprint(family_of(config, kind), config, run, attention, teacher)
 
 
 def plan_shapes(blueprint: Blueprint) -> tuple[StudentShape, Ladder]:
     """The shape that the student begins with, and its ladder. Raises `ConfigError`, `ShapeError`."""
     run, family = blueprint.run, blueprint.family
-    _check_layers(blueprint)
+    checks.check_start(run)
+    checks.check_layers(blueprint)
+    checks.check_alignment(blueprint)
     full = blueprint.full_shape
     ladder = Ladder.plan(run.pruning, run.run.updates, full.widths)
     if ladder.rungs and run.teacher.path is None:
         raise ConfigError(
             "pruning.target is set, but there is no teacher to prune out of. Set teacher.path or drop it."
-        )
-    if run.teacher.path and run.student.config:
-        raise ConfigError(
-            "student.config describes a model made from nothing, but teacher.path is set. Drop one of them."
         )
     if ladder.rungs:
         family.stock_config(blueprint.config, ladder.rungs[-1].widths)  # refuses what cannot be exported
@@ -146,7 +186,7 @@ class Training:
     """Updates that earlier processes completed."""
     update: int
     """Completed updates."""
-    stream: Stream
+    stream: Stream | TaskStream
     teacher: TeacherEngine | None
     student: StudentEngine
     pruner: PruningCoordinator
@@ -165,8 +205,13 @@ def open_training(plan: Plan, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> Trai
     identity = ranks.once(lambda: plan.identity)
     state = resume(run, identity, ranks) or RunState(update=0, shape=plan.start)
     ranks.once(lambda: run.save(run.run.path / "run.yaml"))
-    stream = Stream(run.data, run.run.seed, ranks, state.bad_shards)
-    teacher, student = open_teacher(plan, teacher_ds, ranks), open_student(plan, state, ranks)
+    stream = open_stream(plan, ranks, state.bad_shards)
+    held_out = stream.validation(run.validation.sequences, run.data.micro_batch)
+    teacher = open_teacher(plan, teacher_ds, ranks)
+    if teacher and plan.family.pre_norm and run.objective.hidden.weight > 0:
+        variances = hidden_variances(teacher, held_out, ranks)
+        plan = replace(plan, blueprint=replace(plan.blueprint, hidden_variances=variances))
+    student = open_student(plan, state, ranks)
     checkpoints = Checkpoints(run, identity, ranks, state.update)
     checkpoints.check_room(student.trained_parameters)
     pruner = PruningCoordinator(run.pruning, plan.ladder, student.groups, ranks, run.run.seed)
@@ -183,8 +228,8 @@ def open_training(plan: Plan, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> Trai
         pruner=pruner,
         checkpoints=checkpoints,
         health=Health(run.health, ranks, state.progress.skipped_in_a_row),
-        metrics=Metrics(run, ranks, peak_flops, state.update, state.progress),
-        held_out=stream.validation(run.validation.sequences, run.data.micro_batch),
+        metrics=Metrics(run, ranks, peak_flops, state.update, state.progress, student.loss_weights),
+        held_out=held_out,
     )
 
 
@@ -193,129 +238,88 @@ def forget_ending(run: RunConfig) -> None:
     (run.run.path / SUMMARY).unlink(missing_ok=True)
 
 
+def open_stream(plan: Plan, ranks: Ranks, bad_shards: Iterable[str] = ()) -> Stream | TaskStream:
+    """The run's batches, in its own order."""
+    run = plan.run
+    if isinstance(plan.source, TaskData):
+        return TaskStream(plan.source, run.data, run.run.seed, ranks, last_token=plan.family.causal)
+    return Stream(run.data, run.run.seed, ranks, bad_shards)
+
+
 def open_teacher(plan: Plan, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> TeacherEngine | None:
     """The frozen engine beside the student's, or None for plain training. Collective."""
-    run = plan.run
+    run, blueprint = plan.run, plan.blueprint
     if run.teacher.path is None:
         return None
-    model = load_model(run.teacher.path, plan.dtype, plan.blueprint.attention)
+    model = load_model(run.teacher.path, plan.dtype, blueprint.attention, plan.task)
     sharded = is_sharded(run, ranks.world_size)
     settings = teacher_ds.resolved(run, ranks.world_size) if sharded else None
-    return TeacherEngine(model, plan.family, ranks, settings, compiled=run.performance.compile)
-
-
-def is_sharded(run: RunConfig, world_size: int) -> bool:
-    """Whether the teacher is cut over the ranks; by default where there is more than one."""
-    sharding = run.teacher.sharding
-    return run.teacher.path is not None and (sharding == "zero3" or (sharding == "auto" and world_size > 1))
+    filtered = run.objective.hidden.aligner == "filter" and run.objective.hidden.weight > 0
+    return TeacherEngine(
+        model,
+        plan.family,
+        ranks,
+        settings,
+        compiled=run.performance.compile,
+        compared=blueprint.compared,
+        filters=run.teacher.filters if filtered else None,
+    )
 
 
 def open_student(plan: Plan, state: RunState, ranks: Ranks) -> StudentEngine:
     """The student where the run stands: from a checkpoint, or as it is before the first update. Collective."""
     settings = plan.ds_config.resolved(plan.run, ranks.world_size)
-    model = None if state.student else _first_model(plan)
+    is_frozen = plan.run.filters.of is not None  # and so in no checkpoint
+    model = first_model(plan) if is_frozen or state.student is None else None
     return StudentEngine.build(plan.blueprint, settings, ranks, model=model, shape=state.shape, state=state.student)
 
 
-def _first_model(plan: Plan) -> PreTrainedModel:
-    run, attention = plan.run, plan.blueprint.attention
-    if run.teacher.path and run.student.init == "teacher":
-        model = load_model(run.teacher.path, torch.float32, attention)
-        plan.family.keep_layers(model, plan.blueprint.source)
-        return model
+def first_model(plan: Plan) -> PreTrainedModel:
+    """The student before the first update: cut out of what it starts as, or drawn at random."""
+    run, blueprint = plan.run, plan.blueprint
     torch.manual_seed(run.run.seed)
-    return new_model(plan.family.stock_config(plan.blueprint.student_config, plan.start.widths), attention)
+    if run.student.init == "teacher" and (path := run.student.path or run.teacher.path):
+        new_head = not plan.task.is_language_modeling and path == run.student.path and run.filters.of is None
+        model = load_model(path, torch.float32, blueprint.attention, plan.task, new_head)
+        plan.family.keep_layers(model, blueprint.source)
+        return model
+    stock = plan.family.stock_config(blueprint.student_config, plan.start.widths)
+    return new_model(stock, blueprint.attention, plan.task.kind)
+
+
+@torch.no_grad()
+def hidden_variances(teacher: TeacherEngine, batches: list[Batch], ranks: Ranks) -> tuple[float, ...]:
+    """Of each of the teacher's compared states over the tokens of held-out text: a dimension's variance, on average
+    over the dimensions. Collective."""
+    sums: Tensor | None = None
+    for batch in batches:
+        rows = batch.to(ranks.device)
+        valid = rows.attention_mask.bool()
+        states = torch.stack([state[valid].double() for state in teacher.knowledge(rows).hidden_states])
+        ones = torch.ones_like(states).sum(dim=1)
+        moments = torch.stack([ones, states.sum(dim=1), states.square().sum(dim=1)])  # (3, states, D)
+        sums = moments if sums is None else sums + moments
+    assert sums is not None
+    count, total, squares = ranks.sum(sums)
+    variances = (squares / count - (total / count).square()).mean(dim=1)
+    return tuple(variances.tolist())
+
+
+def tokenizer_directory(run: RunConfig) -> Path:
+    """Where a benchmark's tokenizer is found: beside the student that the run starts with, or its teacher."""
+    path = run.student.path or run.teacher.path
+    if path is None:
+        raise ConfigError(f"task.name is {run.task.name}, but there is no model. Set student.path or teacher.path.")
+    return model_directory(path)
 
 
 def original_config(run: RunConfig, vocab_size: int) -> PretrainedConfig:
-    """Of the teacher, even if its recipe is still to make it, or of the model made from nothing."""
+    """Of what the student is cut out of: student.path, the teacher, even if its recipe is still to make it, or the
+    model made from nothing."""
+    if run.student.path is not None:
+        return load_config(run.student.path, run.task.task)
     if run.teacher.path is None:
-        return bert_config(run.student.config, vocab_size)
+        return new_config(run.student.config, vocab_size, run.task.task.kind)
     if run.teacher.recipe and not Path(run.teacher.path).exists():
-        return bert_config(RunConfig.load(run.teacher.recipe).student.config, vocab_size)
-    return load_config(run.teacher.path)
-
-
-def _check_destination(run: RunConfig) -> None:
-    destination = run.run.path / "student"
-    if run.teacher.path and destination.resolve() == Path(run.teacher.path).resolve():
-        raise ConfigError(
-            f"teacher.path {run.teacher.path} is where this run would leave its student. Give --run.name."
-        )
-    refuse_to_replace_anything_else(destination)
-
-
-def _check_tokenizer(run: RunConfig, index: ShardIndex) -> None:
-    """The shards' own copy goes out with the student, at the very end."""
-    folder = run.data.shards / index.tokenizer_name
-    if tokenizer_hash(folder) != index.tokenizer_sha256:
-        raise DataError(f"{folder}: not the tokenizer that made these shards. Restore it, or build the shards again.")
-
-
-def _check_compile(run: RunConfig, ds_config: DeepSpeedConfig, world_size: int) -> None:
-    if not run.performance.compile:
-        return
-    if ds_config.zero_stage == 3:
-        raise ConfigError(
-            f"performance.compile is true, but {ds_config.path} shards the student at ZeRO stage 3, whose gathering "
-            "hooks no graph can hold. Use ZeRO 1 or 2, or set performance.compile to false."
-        )
-    if is_sharded(run, world_size):
-        raise ConfigError(
-            f"performance.compile is true, but teacher.sharding is {run.teacher.sharding}: a teacher sharded by ZeRO-3 "
-            "cannot be compiled. Set teacher.sharding to replicated, or performance.compile to false."
-        )
-
-
-def _check_layers(blueprint: Blueprint) -> None:
-    """Layers that there are; of the student's in order, each once; as many to compare with as it has."""
-    run, there = blueprint.run, blueprint.family.layers(blueprint.config)
-    chosen = {"student.layers": run.student.layers, "knowledge.layers": run.knowledge.layers}
-    for key, layers in chosen.items():
-        if layers is None:
-            continue
-        if run.teacher.path is None:
-            raise ConfigError(f"{key} is {layers}, but there is no teacher whose layers they are. Set teacher.path.")
-        if not layers or max(layers) >= there:
-            raise ConfigError(
-                f"{key}: found {layers}, but the teacher's layers are 0 to {there - 1}. Give some of them."
-            )
-    if blueprint.source != tuple(sorted(set(blueprint.source))):
-        raise ConfigError(f"student.layers: found {run.student.layers}, expected each layer once, in order.")
-    if len(blueprint.matched) != len(blueprint.source):
-        raise ConfigError(
-            f"knowledge.layers: found {len(blueprint.matched)} layers, but the student has {len(blueprint.source)}. "
-            "Give one of the teacher's for each of the student's."
-        )
-
-
-def check_length(run: RunConfig, config: PretrainedConfig, length: int) -> None:
-    """Whether the model has a position for every token, and every sequence a token that is scored."""
-    limit, probability = config.max_position_embeddings, run.data.mask_probability
-    if length > limit:
-        raise ConfigError(
-            f"data.shards {run.data.shards}: sequences of {length} tokens, but the model has "
-            f"{limit} positions. Build shards with --sequence_length {limit} or less."
-        )
-    if round(probability * length) < 1:
-        raise ConfigError(
-            f"data.mask_probability: {probability} of {length} tokens is not one. Give {1 / length:.3f} or more."
-        )
-
-
-def _check_vocabulary(run: RunConfig, config: PretrainedConfig, index: ShardIndex) -> None:
-    """The same size and, where the teacher brings its tokenizer, the same pieces."""
-    teacher = run.teacher.path
-    found = f"a vocabulary of {index.vocab_size}, but the teacher has {config.vocab_size}"
-    if teacher is None or (run.teacher.recipe and not Path(teacher).exists()):
-        return  # made on these shards
-    if config.vocab_size == index.vocab_size:
-        directory = model_directory(teacher)
-        has_tokenizer = any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
-        if not has_tokenizer or tokenizer_hash(directory) == index.tokenizer_sha256:
-            return
-        found = f"other pieces than those of the teacher's vocabulary, both {index.vocab_size}"
-    raise ConfigError(
-        f"data.shards {run.data.shards}: tokenized with {found}. Build shards with the teacher's own tokenizer: "
-        f"data_prep/build_shards.py --tokenizer {teacher}."
-    )
+        return new_config(RunConfig.load(run.teacher.recipe).student.config, vocab_size, run.task.task.kind)
+    return load_config(run.teacher.path, run.task.task)

@@ -36,8 +36,21 @@ def recipe_path(recipe: str) -> Path:
     )
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The nested values of a YAML file. Raises `ConfigError`."""
+def read_recipe(path: Path, before: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The nested values of a YAML file, over those of the recipe that it `extends`, if it names one. Raises
+    `ConfigError`."""
+    values = _read_yaml(path)
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    chain = (*before, path)
+    found = recipe_path(str(base))
+    if found in chain:
+        raise ConfigError(f"recipe {path}: extends {base}, which comes back to it. Leave one `extends` out.")
+    return merge(read_recipe(found, chain), values)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from homodistil.summary import HEADINGS, RunSummary
+from homodistil.summary import RunSummary
 
 KL, JUMP = "validation/kl", "pruning/prune_jump"
 DISCREPANCY, PRUNE, HIDDEN, FFN = "#b5446e", "#999999", "#2d6a8e", "#f2b134"
@@ -35,7 +35,7 @@ PAGE = """<!doctype html>
 <h1>{title}</h1>
 <p>{summary}</p>
 <div class="wide"><table><tr>{headings}</tr>{rows}</table></div>
-<p>MLM loss and KL(teacher || student) in nats per masked position of held-out text; tokens/s of forward passes.</p>
+<p>Loss and KL(teacher || student) in nats per scored slot of held-out examples; tokens/s of forward passes.</p>
 <img alt="Discrepancy, widths and losses over the updates" src="data:image/png;base64,{image}">
 """
 
@@ -131,7 +131,7 @@ def _page(name: str, summary: RunSummary, image: bytes) -> str:
             f"{summary.seconds:,.0f} s on {summary.world_size} rank(s), ZeRO-{summary.zero_stage}, "
             f"seed {summary.seed}. Student: {widths}."
         ),
-        headings="".join(f"<th>{heading}</th>" for heading in HEADINGS),
+        headings="".join(f"<th>{heading}</th>" for heading in summary.headings),
         rows="".join(f"<tr>{row}</tr>" for row in rows),
         image=base64.b64encode(image).decode(),
     )

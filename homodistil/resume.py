@@ -27,11 +27,12 @@ SET_ASIDE = "set_aside_"
 
 MAY_CHANGE = (
     *("recipe", "run.name", "run.directory", "run.log_every", "teacher.path", "teacher.recipe", "teacher.sharding"),
+    *("teacher.filters", "student.path", "student.filters", "filters.teacher", "task.path"),
     *("data.shards", "data.source", "data.micro_batch", "data.prefetch", "data.on_bad_shard"),
     *("validation", "checkpoint", "health", "performance"),
 )
-"""What may change when a run resumes: it decides where and how fast, not what is computed. Teacher, tokenizer and
-corpus may move, because their contents are compared."""
+"""What may change when a run resumes: it decides where and how fast, not what is computed. Models, filters,
+tokenizer and examples may move, because their contents are compared."""
 
 Identity = Mapping[str, str | int | float | None]
 

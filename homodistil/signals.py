@@ -21,12 +21,28 @@ class Signals:
     attention_scale: float
     """1 / sqrt(head width of the original model)."""
     logits: Tensor
-    """(B, S, V), at the scored positions only."""
+    """(B, S, V), at the scored slots only."""
 
-    def at_layers(self, layers: Sequence[int]) -> Signals:
-        """The embeddings and these layers, counted from 0."""
-        hidden = self.hidden_states[0], *(self.hidden_states[layer + 1] for layer in layers)
-        return replace(self, hidden_states=hidden, queries_keys=tuple(self.queries_keys[layer] for layer in layers))
+    def at(self, layers: Sequence[int], embeddings: bool = True) -> Signals:
+        """Of these layers, counted from 0, and of the embeddings."""
+        states = (0,) * embeddings + tuple(layer + 1 for layer in layers)
+        hidden_states = tuple(self.hidden_states[state] for state in states)
+        return replace(self, hidden_states=hidden_states, queries_keys=tuple(self.queries_keys[k] for k in layers))
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Whose hidden states and attention are compared with whose: k-th layer with k-th layer, counted from 0."""
+
+    student: tuple[int, ...]
+    teacher: tuple[int, ...]
+    embeddings: bool = True
+    """The embeddings with the embeddings, too."""
+
+    @property
+    def states(self) -> int:
+        """Hidden states that are compared."""
+        return len(self.student) + self.embeddings
 
 
 Knowledge = Signals

@@ -9,13 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from homodistil.batch import Batch, Counts
 from homodistil.config import RunConfig
-from homodistil.knowledge.aligners import build_aligners, hidden_members
+from homodistil.knowledge.aligners import build_aligners, filter_aligners, hidden_members
+from homodistil.knowledge.filters import FilterSet
 from homodistil.models.base import ModelFamily
 from homodistil.models.groups import PrunableGroup, kept_positions
 from homodistil.models.loading import materialise, skeleton
@@ -23,7 +26,7 @@ from homodistil.models.shape import HIDDEN, StudentShape
 from homodistil.objective.measures import measure
 from homodistil.objective.objective import Objective
 from homodistil.pruning.surgery import narrow
-from homodistil.signals import Signals
+from homodistil.signals import Compared, Signals
 
 MODEL, ALIGNERS = "model", "aligners"
 
@@ -34,10 +37,15 @@ class Blueprint:
 
     family: ModelFamily
     config: PretrainedConfig
-    """The original, unpruned model's."""
+    """The model's that the student is cut and pruned out of: its teacher's, or that of student.path."""
     run: RunConfig
     attention: str
     """Name of the registered attention function."""
+    teacher: PretrainedConfig | None = None
+    """The teacher's, where the student starts as another model."""
+    hidden_variances: tuple[float, ...] | None = None
+    """What each compared state's squared differences are divided by, for families whose states no LayerNorm has
+    standardised: the teacher's variance."""
 
     @property
     def architecture_sha256(self) -> str:
@@ -53,10 +61,28 @@ class Blueprint:
         return tuple(range(self.family.layers(self.config)) if chosen is None else chosen)
 
     @property
-    def matched(self) -> tuple[int, ...]:
-        """For each of the student's layers, the original's that it is compared with."""
-        chosen, layers, all_layers = self.run.knowledge.layers, len(self.source), self.family.layers(self.config)
-        return tuple((k + 1) * all_layers // layers - 1 for k in range(layers)) if chosen is None else tuple(chosen)
+    def teacher_config(self) -> PretrainedConfig:
+        return self.teacher or self.config
+
+    @property
+    def teacher_width(self) -> int:
+        """Hidden width of the states that the student's are compared with."""
+        return self.family.widths(self.teacher_config).hidden
+
+    @property
+    def compared(self) -> Compared:
+        """The k-th of so many of the student's layers with the k-th of as many of the teacher's."""
+        knowledge, layers = self.run.knowledge, len(self.source)
+        own = tuple(range(knowledge.interval - 1, layers, knowledge.interval))
+        there, count = self.family.layers(self.teacher_config), len(own)
+        spaced = tuple((k + 1) * there // count - 1 for k in range(count))
+        matched = spaced if knowledge.layers is None else tuple(knowledge.layers)
+        return Compared(own, matched, knowledge.embeddings and self.run.objective.hidden.aligner != "filter")
+
+    @property
+    def student_filters(self) -> Path | None:
+        """Folder of the filters that the student starts with, and which of their layers."""
+        return self.run.student.filters or self.run.teacher.filters
 
     @property
     def student_config(self) -> PretrainedConfig:
@@ -72,23 +98,35 @@ class Blueprint:
 class Student(nn.Module):
     """A dense model of `shape`, with what is needed to compare it with its teacher."""
 
+    exported: ClassVar[str] = MODEL
+    """Of its parts, the one that a run leaves behind."""
+
     def __init__(self, model: PreTrainedModel, blueprint: Blueprint, shape: StudentShape) -> None:
         super().__init__()
-        self.family, self.shape = blueprint.family, shape
+        self.family, self.shape, self.compared = blueprint.family, shape, blueprint.compared
         self.family.configure(model, shape)
-        _prepare_for_training(model, blueprint.run)
+        prepare_for_training(model, blueprint.run)
         self.model = model
-        objective = blueprint.run.objective
-        if blueprint.run.teacher.path is None or objective.hidden.weight == 0:
-            self.aligners = nn.ModuleList()
-        else:
-            self.aligners = build_aligners(objective.hidden, shape, shape.layers + 1)
-        self.objective = Objective(objective, shape, blueprint.run.performance, blueprint.matched)
+        self.aligners = _aligners(blueprint, shape)
+        self.objective = Objective(
+            blueprint.run.objective,
+            shape,
+            blueprint.run.performance,
+            layers=self.compared.student,
+            kind=self.family.kind,
+            causal=self.family.causal,
+            hidden_variances=blueprint.hidden_variances,
+        )
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Of the terms that `forward` names."""
+        return self.objective.weights
 
     @classmethod
     def unfilled(cls, blueprint: Blueprint, shape: StudentShape) -> Student:
         """A student of `shape` whose weights are still to be loaded."""
-        model = skeleton(blueprint.student_config, blueprint.attention)
+        model = skeleton(blueprint.student_config, blueprint.attention, blueprint.family.kind)
         full = blueprint.full_shape
         narrow(model, kept_positions(blueprint.family.groups(full), shape.kept))
         materialise(model)
@@ -109,9 +147,10 @@ class Student(nn.Module):
         rows, teacher = Batch(*batch), Signals(*knowledge) if knowledge else None  # type: ignore[arg-type]
         signals = self.family.signals(self.model, rows)
         if counts is None:
-            return measure(signals, teacher, rows)
+            return measure(signals, teacher, rows, self.family.kind)
         # Past its hooks: it has no parameters to gather, and ZeRO-3's hooks cannot walk signals.
-        losses = self.objective.forward(signals, teacher, rows, Counts(counts), self.aligners)
+        seen = signals.at(self.compared.student, self.compared.embeddings)
+        losses = self.objective.forward(seen, teacher, rows, Counts(counts), self.aligners)
         return losses.total, losses.parts
 
 
@@ -120,12 +159,29 @@ def as_tuple(value: Batch | Signals | None) -> tuple[object, ...] | None:
     return None if value is None else tuple(getattr(value, field.name) for field in fields(value))
 
 
-def _prepare_for_training(model: PreTrainedModel, run: RunConfig) -> None:
-    """A distilled student has no dropout: with it, KL is above zero before anything happened (SPEC 1.1)."""
-    if run.teacher.path is not None:
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+def _aligners(blueprint: Blueprint, shape: StudentShape) -> nn.ModuleList:
+    run, compared = blueprint.run, blueprint.compared
+    if run.teacher.path is None or run.objective.hidden.weight == 0:
+        return nn.ModuleList()
+    if run.objective.hidden.aligner != "filter":
+        return build_aligners(run.objective.hidden, shape, compared.states, blueprint.teacher_width)
+    directory = blueprint.student_filters
+    assert directory is not None, "checked when the run was planned"
+    # The teacher's own filters are the student's, where it starts as its teacher.
+    layers = compared.student if run.student.filters else compared.teacher
+    return filter_aligners(FilterSet.load(directory), layers, shape)
+
+
+def prepare_for_training(model: PreTrainedModel, run: RunConfig) -> None:
+    """A student that is distilled on text has no dropout: with it, KL is above zero before anything happened (SPEC
+    1.1). Whatever else is trained has the model's own, or what the recipe says."""
+    distilled = run.teacher.path is not None and run.task.task.is_language_modeling
+    chosen = run.student.dropout if run.student.dropout is not None else 0.0 if distilled else None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout):
+            is_head = "." not in name
+            own = run.student.head_dropout if is_head and run.student.head_dropout is not None else chosen
+            module.p = module.p if own is None else own
     if run.performance.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 

@@ -30,24 +30,19 @@ class StudentFigures(Figures):
     """layers, hidden, ffn, heads, head_width."""
 
 
-class Score(Figures):
-    """On the held-out text, at its masked positions."""
-
-    mlm_loss: float
-    """Nats a position."""
-    mlm_accuracy: float
-    """Share of positions whose first guess is right."""
-    tokens_per_second: float | None = None
-    """Forward passes alone, on one rank."""
+Score = dict[str, float]
+"""Figures on held-out examples: `mlm_loss`, nats a scored slot, and `mlm_accuracy`, the share of slots whose first
+guess is right (clm_*, or task_* for a benchmark), `tokens_per_second` of forward passes alone, on one rank, and a
+benchmark's own metrics."""
 
 
 class Validation(Figures):
     teacher: Score | None
     student: Score
-    unigram: Score
-    """Guessing each token by its frequency in the training text."""
+    unigram: Score | None
+    """Guessing each token by its frequency in the training text; a benchmark has no such guess."""
     kl: float | None
-    """KL(teacher || student) at temperature 1, nats a position."""
+    """KL(teacher || student) at temperature 1, nats a slot."""
 
 
 class RunSummary(Figures):
@@ -85,24 +80,55 @@ class RunSummary(Figures):
     def read(cls, directory: Path) -> RunSummary:
         return cls.model_validate_json((directory / FILE).read_bytes())
 
+    @property
+    def metrics(self) -> list[str]:
+        """Names of a benchmark's own figures, besides accuracy, which every score has."""
+        scores = self.validation.student if self.validation else {}
+        return [
+            name for name in scores if name != "accuracy" and not name.startswith(("mlm_", "clm_", "task_", "tokens_"))
+        ]
+
+    @property
+    def headings(self) -> list[str]:
+        """Of the table's columns."""
+        assert self.validation is not None, "a table is made of a finished run"
+        loss = next(name for name in self.validation.student if name.endswith("_loss"))
+        return ["", "parameters", LOSSES[loss], "accuracy", "KL", *self.metrics, "tokens/s"]
+
     def rows(self) -> list[list[str]]:
-        """The table's cells: name, parameters, MLM loss, accuracy, KL, tokens/s; empty where there is no figure."""
+        """The table's cells: name, parameters, loss, accuracy, KL, metrics, speed; empty where there is no figure."""
         scores = self.validation
         assert scores is not None, "a table is made of a finished run"
-        rows = [_row("student", self.student.parameters, scores.student, scores.kl)]
+        rows = [self._row("student", self.student.parameters, scores.student, scores.kl)]
         if self.teacher is not None and scores.teacher is not None:
-            rows.insert(0, _row("teacher", self.teacher.parameters, scores.teacher, 0.0))
-        return [*rows, _row("unigram guess", None, scores.unigram, None)]
+            rows.insert(0, self._row("teacher", self.teacher.parameters, scores.teacher, 0.0))
+        if scores.unigram is not None:
+            rows.append(self._row("unigram guess", None, scores.unigram, None))
+        return rows
+
+    def _row(self, name: str, parameters: int | None, score: Score, kl: float | None) -> list[str]:
+        loss = next(value for key, value in score.items() if key in LOSSES)
+        accuracy = next((value for key, value in score.items() if key.endswith("_accuracy")), None)
+        return [
+            name,
+            _cell(parameters, ","),
+            _cell(loss, ".3f"),
+            _cell(accuracy, ".1%"),
+            _cell(kl, ".3f"),
+            *(_cell(score.get(metric), ".4f") for metric in self.metrics),
+            _cell(score.get("tokens_per_second"), ",.0f"),
+        ]
 
 
-HEADINGS = ("", "parameters", "MLM loss", "accuracy", "KL", "tokens/s")
+LOSSES = {"mlm_loss": "MLM loss", "clm_loss": "LM loss", "task_loss": "loss"}
+"""Key of a score's loss -> its column."""
 
 
 def print_table(summary: RunSummary, directory: Path, console: Console | None = None) -> None:
     """The figures, then where to look."""
     console = console or Console()
     table = Table(title=f"{summary.recipe}: {summary.steps:,} updates in {summary.seconds:,.0f} s")
-    for heading in HEADINGS:
+    for heading in summary.headings:
         table.add_column(heading, justify="right" if heading else "left")
     for row in summary.rows():
         table.add_row(*row)
@@ -114,22 +140,13 @@ def print_table(summary: RunSummary, directory: Path, console: Console | None = 
 
 PLACES = {
     "student": "student",
+    "filters": "filters",
+    "predictions": "predictions.jsonl",
     "report": "report/report.html",
     "figures": FILE,
     "curves": "tensorboard",
     "settings": "run.yaml",
 }
-
-
-def _row(name: str, parameters: int | None, score: Score, kl: float | None) -> list[str]:
-    return [
-        name,
-        _cell(parameters, ","),
-        _cell(score.mlm_loss, ".3f"),
-        _cell(score.mlm_accuracy, ".1%"),
-        _cell(kl, ".3f"),
-        _cell(score.tokens_per_second, ",.0f"),
-    ]
 
 
 def _cell(value: Any, style: str) -> str:

@@ -16,6 +16,9 @@ Kind = Literal["masked", "causal", "classification", "regression", "span"]
 classification: one slot, V classes. regression: one slot, V = 1, labels are floats.
 span: two slots, the answer's first and last token, V = T positions."""
 
+LanguageTask = Literal["mlm", "clm"]
+"""What text can be cut into shards for: masked or causal language modelling."""
+
 TaskName = Literal[
     "mlm", "clm", "cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli", "squad", "squad2"
 ]

@@ -16,7 +16,7 @@ from homodistil.engine import started_ranks
 from homodistil.errors import ShardError, Stopped
 from homodistil.forecast import show_forecast, update_flops
 from homodistil.metrics import Work
-from homodistil.opening import Plan, Training, forget_ending, open_training, plan_run, provide_shards, provide_teacher
+from homodistil.opening import Plan, Training, forget_ending, open_training, plan_run, provide_data, provide_teacher
 from homodistil.preemption import Preemption
 from homodistil.pruning.coordinator import PrunePlan
 from homodistil.ranks import Ranks
@@ -29,15 +29,16 @@ def pretrain(
     run: RunConfig, ds_config: DeepSpeedConfig, teacher_ds_config: DeepSpeedConfig, dry_run: bool = False
 ) -> None:
     """What `launchers/pretrain.py` does: provide what is missing, check everything, then train. Collective."""
+    run = run.with_filter_folders()
     with started_ranks() as ranks:
         if not dry_run:
             ranks.once(lambda: forget_ending(run))
-        index = provide_shards(run, ranks)
+        source = provide_data(run, ranks)
 
         def train_teacher(first: RunConfig) -> None:
-            train(plan_run(ds_config.adopted_by(first), index, ds_config, ranks.world_size), teacher_ds_config, ranks)
+            train(plan_run(ds_config.adopted_by(first), source, ds_config, ranks.world_size), teacher_ds_config, ranks)
 
-        plan = plan_run(run, index, ds_config, ranks.world_size)  # all that can be refused, before any training
+        plan = plan_run(run, source, ds_config, ranks.world_size)  # all that can be refused, before any training
         if dry_run:
             show_forecast(plan, ranks)
         else:

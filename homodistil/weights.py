@@ -15,13 +15,12 @@ from rich.table import Table
 from torch import Tensor
 
 from homodistil.batch import Batch
-from homodistil.config import ObjectiveConfig, PerformanceConfig, RunConfig
+from homodistil.config import ObjectiveConfig, RunConfig
 from homodistil.data.stream import Stream
 from homodistil.ds_config import DeepSpeedConfig
 from homodistil.engine import StudentEngine, TeacherEngine, started_ranks
 from homodistil.errors import ConfigError
-from homodistil.objective.objective import Objective
-from homodistil.opening import Plan, open_student, open_teacher, plan_run, provide_shards
+from homodistil.opening import Plan, open_student, open_teacher, plan_run, provide_data
 from homodistil.progress import Bar, progress_bar
 from homodistil.pruning.coordinator import PruningCoordinator
 from homodistil.pruning.ladder import Ladder
@@ -37,10 +36,10 @@ UPDATES = 4
 
 
 def measure_weights(run: RunConfig, ds_config: DeepSpeedConfig, teacher_ds_config: DeepSpeedConfig) -> None:
-    """What `homodistil measure-weights` does: print |gradient of mlm| / |gradient of the term|. Raises `ConfigError`
+    """What `homodistil measure-weights` does: print |gradient of task| / |gradient of the term|. Raises `ConfigError`
     without a teacher or a ladder. Collective."""
     with started_ranks() as ranks:
-        plan = plan_run(run, provide_shards(run, ranks), ds_config, ranks.world_size)
+        plan = plan_run(run, provide_data(run, ranks), ds_config, ranks.world_size)
         if not plan.ladder.rungs or run.teacher.path is None:
             raise ConfigError(f"recipe {run.recipe}: measure-weights needs teacher.path and a narrower pruning.target.")
         needed = plan.ladder.rungs[0].update + SETTLING + UPDATES
@@ -92,9 +91,7 @@ def gradient_norms(
     parameters = list(module.model.parameters())
     norms = {}
     for term in (name for name in ObjectiveConfig.model_fields if getattr(config, name).weight > 0):
-        module.objective = Objective(
-            _only(term, config), module.shape, PerformanceConfig(), module.objective.matched
-        ).to(ranks.device)
+        module.objective.weights = {name: float(name == term) for name in ObjectiveConfig.model_fields}
         gradients = [torch.zeros_like(p) for p in parameters]
         for batch in batches:
             _add_gradients(gradients, module, parameters, batch.to(ranks.device), teacher, ranks)
@@ -118,15 +115,8 @@ def _add_gradients(
             sum_ += gradient
 
 
-def _only(term: str, config: ObjectiveConfig) -> ObjectiveConfig:
-    alone = config.model_copy(deep=True)
-    for name in ObjectiveConfig.model_fields:
-        getattr(alone, name).weight = float(name == term)
-    return alone
-
-
 def _show(norms: dict[str, float]) -> None:
     table = Table("term", "gradient norm", "weight", title="equal gradient norms")
     for term, norm in norms.items():
-        table.add_row(term, f"{norm:.4g}", f"{norms['mlm'] / norm:.3g}")
+        table.add_row(term, f"{norm:.4g}", f"{norms['task'] / norm:.3g}")
     Console().print(table)

@@ -11,12 +11,21 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from transformers import BertConfig, BertForMaskedLM, BertTokenizer
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertTokenizer,
+    DebertaV2Config,
+    GPT2Config,
+    PreTrainedModel,
+)
 
 from homodistil.batch import Batch
 from homodistil.data.shards import ShardEntry, ShardIndex, SpecialTokens, write_shard
 from homodistil.data.tokenizer import tokenizer_hash
+from homodistil.models.loading import AUTO_CLASSES
 from homodistil.ranks import Ranks
+from homodistil.tasks import Kind
 
 T = TypeVar("T")
 
@@ -61,6 +70,68 @@ def bert(seed: int = 0, **changes: Any) -> BertForMaskedLM:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
         model.bert.embeddings.word_embeddings.weight[0].zero_()  # the padding row, as training leaves it
+    return model
+
+
+def gpt2_config(**changes: Any) -> GPT2Config:
+    """The awkward GPT-2's config; dropout is GPT-2's own 0.1."""
+    values: dict[str, Any] = {
+        "n_embd": 72,
+        "n_head": 6,
+        "n_inner": 136,
+        "n_layer": 3,
+        "vocab_size": VOCABULARY,
+        "n_positions": 64,
+        "bos_token_id": SEP,
+        "eos_token_id": SEP,
+        "pad_token_id": PAD,
+    }
+    return GPT2Config(**{**values, **changes})
+
+
+def gpt2(seed: int = 0, kind: Kind = "causal", **changes: Any) -> PreTrainedModel:
+    """A real GPT-2 with the head of a kind of task, fp32, in eval mode; no tensor is left constant, biases and norms
+    included."""
+    torch.manual_seed(seed)
+    attention = {key: changes.pop(key) for key in ("attn_implementation",) if key in changes}
+    model = AUTO_CLASSES[kind].from_config(gpt2_config(**changes), **attention).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return model
+
+
+def deberta_config(**changes: Any) -> DebertaV2Config:
+    """The awkward DeBERTa's config, with the parts of a DeBERTaV3; dropout is its own 0.1."""
+    values: dict[str, Any] = {
+        "hidden_size": 72,
+        "num_attention_heads": 6,
+        "intermediate_size": 136,
+        "num_hidden_layers": 3,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 64,
+        "relative_attention": True,
+        "position_buckets": 16,
+        "share_att_key": True,
+        "pos_att_type": "p2c|c2p",
+        "norm_rel_ebd": "layer_norm",
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+    }
+    return DebertaV2Config(**{**values, **changes})
+
+
+def deberta(seed: int = 0, kind: Kind = "masked", **changes: Any) -> PreTrainedModel:
+    """A real DeBERTa with a head of `kind`, fp32, in eval mode; no tensor is left constant, biases and norms included.
+
+    Its matrices are larger than a new model's, so that attention is far from even and positions count.
+    """
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AUTO_CLASSES[kind].from_config(deberta_config(**changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.15 if parameter.ndim > 1 else 0.05)
+        model.get_input_embeddings().weight[0].zero_()  # the padding row, as training leaves it
     return model
 
 

@@ -16,7 +16,7 @@ from transformers import BertForMaskedLM
 
 from homodistil.batch import Batch
 
-WEIGHTS = {"mlm": 1.0, "kl": 0.7, "hidden": 0.3, "attention": 0.2}
+WEIGHTS = {"task": 1.0, "kl": 0.7, "hidden": 0.3, "attention": 0.2}
 TEMPERATURE = 2.0
 LR, BETAS, EPS, DECAY, CLIP = 1e-3, (0.9, 0.999), 1e-6, 0.01, 0.5
 WINDOW, BETA = 2, 0.85
@@ -74,7 +74,7 @@ def losses(
     for layer, (s, t) in enumerate(zip(scores, t_scores, strict=True)):
         t = t if kept_heads is None else t[:, kept_heads[layer]]
         att = att + ((s - t) * scale).square().mean(1)[pairs].sum() / pairs.sum() / len(scores)
-    return {"mlm": mlm, "kl": kl, "hidden": hid, "attention": att}
+    return {"task": mlm, "kl": kl, "hidden": hid, "attention": att}
 
 
 @dataclass

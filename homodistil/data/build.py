@@ -23,19 +23,21 @@ from homodistil.data.shards import SEQUENCES_PER_MEMBER, ShardEntry, ShardIndex,
 from homodistil.data.sources import documents
 from homodistil.data.tokenizer import open_tokenizer, train_tokenizer, vocabulary_hash
 from homodistil.errors import DataError
+from homodistil.tasks import LanguageTask
 
 HELD_OUT_SHARE, HELD_OUT_SEQUENCES, LARGEST_HELD_OUT_SHARE = 0.01, 256, 0.1
 """Held-out documents: this share of the tokens, or this many sequences if that is more, within the largest share."""
 TOKENIZER_CHARACTERS = 8_000_000
 """Text that a tokenizer is trained on; more changes little and takes longer."""
 CHARACTERS_PER_TOKEN = 5
-"""English and a WordPiece vocabulary, generously."""
+"""English and a trained vocabulary, generously."""
 
 
 def build_shards(
     source: str | list[str],
     output: Path,
     *,
+    task: LanguageTask = "mlm",
     tokenizer: Path | None = None,
     vocab_size: int = 8192,
     sequence_length: int = 128,
@@ -48,7 +50,9 @@ def build_shards(
 
     Args:
         source: one or more of what sources.py reads.
-        tokenizer: what `open_tokenizer` reads; None trains WordPiece with `vocab_size` pieces on the source.
+        task: `mlm` for [CLS] text [SEP], with a [SEP] after each document; `clm` for nothing but text, with an
+            end-of-text token after each document.
+        tokenizer: what `open_tokenizer` reads; None trains one for the task with `vocab_size` pieces on the source.
         sequence_length: T, special tokens included.
         shards: of the training split. Sequences that do not fill them equally, at most shards - 1, are dropped.
         max_tokens: where to stop reading.
@@ -60,14 +64,16 @@ def build_shards(
     with _appearing_whole(output) as folder:
         if tokenizer is None:
             text = tokenizer_text(sources, max_tokens=max_tokens, seed=seed)
-            opened = train_tokenizer(text, vocab_size, progress=progress)
+            opened = train_tokenizer(text, vocab_size, task=task, progress=progress)
         else:
-            opened = open_tokenizer(tokenizer)
+            opened = open_tokenizer(tokenizer, task)
         scratch = folder / "ids.scratch"
-        corpus = Corpus.encode(documents(sources), opened, scratch, max_tokens=max_tokens, progress=progress)
-        train, held_out = _split(corpus, SpecialTokens.of(opened), sequence_length, seed)
+        frame = (opened.cls_token_id, opened.sep_token_id) if task == "mlm" else None
+        end = frame[1] if frame else opened.eos_token_id
+        corpus = Corpus.encode(documents(sources), opened, scratch, end, max_tokens=max_tokens, progress=progress)
+        train, held_out = _split(corpus, frame, sequence_length, seed)
         _check_enough(train, held_out, shards, corpus, ", ".join(sources))
-        index = _describe(corpus, opened, sequence_length)
+        index = _describe(corpus, opened, task, sequence_length)
         index.splits["train"] = _deal(folder, "train", train, shards, seed, progress)
         index.splits["validation"] = _deal(folder, "validation", held_out, 1, seed, progress)
         opened.save_pretrained(folder / index.tokenizer_name)
@@ -114,10 +120,12 @@ def tokenizer_text(sources: list[str], *, max_tokens: int | None = None, seed: i
     return [text for _, text in kept]
 
 
-def _split(corpus: Corpus, special: SpecialTokens, length: int, seed: int) -> tuple[PackedSequences, PackedSequences]:
+def _split(
+    corpus: Corpus, frame: tuple[int, int] | None, length: int, seed: int
+) -> tuple[PackedSequences, PackedSequences]:
     """Training and held-out sequences."""
     held_out = _held_out(corpus.lengths, length, seed)
-    return PackedSequences(corpus, ~held_out, length, special), PackedSequences(corpus, held_out, length, special)
+    return PackedSequences(corpus, ~held_out, length, frame), PackedSequences(corpus, held_out, length, frame)
 
 
 def _held_out(lengths: NDArray[np.int64], length: int, seed: int) -> NDArray[np.bool_]:
@@ -150,14 +158,15 @@ def _check_enough(train: PackedSequences, held_out: PackedSequences, shards: int
         )
 
 
-def _describe(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, length: int) -> ShardIndex:
+def _describe(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, task: LanguageTask, length: int) -> ShardIndex:
     """The index, before any shard is written."""
     return ShardIndex(
+        task=task,
         sequence_length=length,
         dtype="uint16" if corpus.ids.dtype == np.uint16 else "uint32",
         vocab_size=len(tokenizer),
         tokenizer_sha256=vocabulary_hash(tokenizer),
-        special_tokens=SpecialTokens.of(tokenizer),
+        special_tokens=SpecialTokens.of(tokenizer, task),
         documents=len(corpus.lengths),
         tokens=sum(count.tokens for count in corpus.sources.values()),
         sources=corpus.sources,

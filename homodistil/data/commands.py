@@ -11,6 +11,7 @@ from pydantic import Field
 
 from homodistil.config import Section
 from homodistil.errors import DataError
+from homodistil.tasks import LanguageTask
 
 
 class BuildShards(Section):
@@ -22,12 +23,16 @@ class BuildShards(Section):
     documentation. Repeat the flag to join several."""
     output: Path
     """New folder for the shards."""
+    task: LanguageTask = "mlm"
+    """`mlm`: sequences to mask, each between [CLS] and [SEP]. `clm`: for a causal model such as GPT-2, plain text whose
+    documents are joined by the end-of-text token."""
     tokenizer: Path | None = None
-    """Hugging Face directory (the teacher's), tokenizer.json or vocab.txt; without it, WordPiece is trained."""
+    """Hugging Face directory (the teacher's), tokenizer.json, vocab.txt, or a folder with GPT-2's vocab.json and
+    merges.txt; without it one is trained, WordPiece for `mlm`, byte-level BPE for `clm`."""
     vocab_size: int = Field(default=8192, ge=256)
     """Pieces of a tokenizer that is trained here."""
     sequence_length: int = Field(default=128, ge=3)
-    """Tokens a sequence, [CLS] and [SEP] included."""
+    """Tokens a sequence, special ones included."""
     shards: int = Field(default=64, ge=1)
     """Training shards; `data.lanes` must divide it."""
     max_tokens: int | None = Field(default=None, ge=1)
@@ -37,12 +42,14 @@ class BuildShards(Section):
 
 
 class TrainTokenizer(Section):
-    """Train an uncased WordPiece tokenizer on text."""
+    """Train a tokenizer on text: uncased WordPiece, or byte-level BPE."""
 
     source: list[str]
     """As for build_shards.py."""
     output: Path
     """New folder for the tokenizer, in Hugging Face's layout."""
+    task: LanguageTask = "mlm"
+    """`mlm`: uncased WordPiece. `clm`: byte-level BPE, which keeps case and spaces."""
     vocab_size: int = Field(default=8192, ge=256)
     """Pieces, special tokens included."""
     seed: int = 0
@@ -72,7 +79,7 @@ def train_tokenizer(options: TrainTokenizer) -> None:
     if options.output.exists():
         raise DataError(f"--output {options.output}: exists already. Remove it first, or give another folder.")
     text = build.tokenizer_text(options.source, seed=options.seed)
-    trained = tokenizer.train_tokenizer(text, options.vocab_size, progress=True)
+    trained = tokenizer.train_tokenizer(text, options.vocab_size, task=options.task, progress=True)
     trained.save_pretrained(options.output)
     print(f"{options.output}: {len(trained):,} pieces")
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from homodistil.data.shards import Sequences, SourceCount, SpecialTokens
+from homodistil.data.shards import Sequences, SourceCount
 from homodistil.data.sources import Document
 
 # N sequences, T tokens of a sequence
@@ -24,12 +24,12 @@ CHARACTERS_AT_ONCE = 2_000_000
 
 @dataclass(frozen=True)
 class Corpus:
-    """All documents' ids one after another, each document ended by [SEP]."""
+    """All documents' ids one after another, each document followed by a token that ends it."""
 
     ids: Sequences
     """(tokens,), a memory map."""
     lengths: NDArray[np.int64]
-    """(documents,): ids of each, [SEP] included."""
+    """(documents,): ids of each, the one that ends it included."""
     sources: dict[str, SourceCount]
 
     @classmethod
@@ -38,11 +38,13 @@ class Corpus:
         texts: Iterable[Document],
         tokenizer: PreTrainedTokenizerFast,
         scratch: Path,
+        end: int,
         *,
         max_tokens: int | None = None,
         progress: bool = False,
     ) -> Corpus:
-        """Write documents' ids to the file `scratch`, until the document with which they reach `max_tokens`."""
+        """Write documents' ids, each document's followed by `end`, to the file `scratch`, until the document with which
+        they reach `max_tokens`."""
         dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
         sources: dict[str, SourceCount] = {}
         lengths: list[int] = []
@@ -52,7 +54,7 @@ class Corpus:
             tqdm(desc="encoding", unit="tok", unit_scale=True, disable=not progress) as bar,
         ):
             for document, ids in _encoded(texts, tokenizer):
-                file.write(np.array([*ids, tokenizer.sep_token_id], dtype=dtype).tobytes())
+                file.write(np.array([*ids, end], dtype=dtype).tobytes())
                 lengths.append(len(ids) + 1)
                 count = sources.setdefault(document.source, SourceCount())
                 count.documents, count.tokens = count.documents + 1, count.tokens + len(ids)
@@ -86,15 +88,16 @@ def _batches(texts: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 class PackedSequences:
-    """Some documents of a corpus, joined and cut into [CLS] + (T - 2) ids + [SEP]; a last partial cut is dropped."""
+    """Some documents of a corpus, joined and cut into T ids each; a last partial cut is dropped. With a `frame` of two
+    ids, [CLS] and [SEP], the first and the last of the T are these."""
 
-    def __init__(self, corpus: Corpus, chosen: NDArray[np.bool_], length: int, special: SpecialTokens):
+    def __init__(self, corpus: Corpus, chosen: NDArray[np.bool_], length: int, frame: tuple[int, int] | None = None):
         ends = np.cumsum(corpus.lengths)
         self._ids = corpus.ids
-        self._special = special
+        self._frame, self._length = frame, length
         self._starts = (ends - corpus.lengths)[chosen]
         self._joined_starts = np.cumsum(corpus.lengths[chosen]) - corpus.lengths[chosen]
-        self._body = length - 2
+        self._body = length - 2 if frame else length
         self._size = int(corpus.lengths[chosen].sum()) // self._body
 
     def __len__(self) -> int:
@@ -104,7 +107,10 @@ class PackedSequences:
         """(N, T) sequences by their numbers (N,)."""
         positions = numbers[:, None] * self._body + np.arange(self._body)
         document = np.searchsorted(self._joined_starts, positions, side="right") - 1
-        sequences = np.empty((len(numbers), self._body + 2), dtype=self._ids.dtype)
-        sequences[:, 0], sequences[:, -1] = self._special.cls, self._special.sep
-        sequences[:, 1:-1] = self._ids[self._starts[document] + positions - self._joined_starts[document]]
+        bodies = self._ids[self._starts[document] + positions - self._joined_starts[document]]
+        if self._frame is None:
+            return bodies
+        sequences = np.empty((len(numbers), self._length), dtype=self._ids.dtype)
+        sequences[:, 0], sequences[:, -1] = self._frame
+        sequences[:, 1:-1] = bodies
         return sequences

@@ -29,6 +29,9 @@ class Purpose(IntEnum):
     HELD_OUT_DOCUMENTS = 5
     CORPUS_ORDER = 6
     TOKENIZER_TEXT = 7
+    EXAMPLE_ORDER = 8
+    TRAINING_EXAMPLES = 9
+    VALIDATION_EXAMPLES = 10
 
 
 def mix(values: Hashes) -> Hashes:

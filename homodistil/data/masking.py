@@ -64,7 +64,7 @@ class Masker:
         With q positions to choose, exactly those below the (q + 1)-th smallest hash qualify; the pieces of a word
         share one hash, so a word that would straddle the quota equals that bound and is left out as a whole.
         """
-        eligible_BT = ~np.isin(ids_BT, list(self.special_tokens.model_dump().values()))
+        eligible_BT = ~np.isin(ids_BT, self.special_tokens.ids)
         if self.continues_word is not None:
             hashes_BT = self._hash_by_word(ids_BT, hashes_BT, eligible_BT)
         hashes_BT = np.where(eligible_BT, hashes_BT, NEVER)
@@ -94,6 +94,7 @@ class Masker:
 
     def _replace(self, tokens_N: NDArray[np.int64], hashes_N: Hashes) -> NDArray[np.int64]:
         """80 % [MASK], 10 % random, 10 % kept, by hashes of the hashes that chose them."""
+        assert self.special_tokens.mask is not None
         share_N = mix(hashes_N ^ np.uint64(1)) >> np.uint64(32)  # uniform below 2^32
         drawn_N = mix(hashes_N ^ np.uint64(2)) % np.uint64(len(self._ordinary))
         unmasked_N = np.where(share_N < 0.9 * 2**32, self._ordinary[drawn_N], tokens_N)
@@ -102,7 +103,7 @@ class Masker:
     @cached_property
     def _ordinary(self) -> NDArray[np.int64]:
         """Ids of all but the special tokens."""
-        return np.setdiff1d(np.arange(self.vocab_size), list(self.special_tokens.model_dump().values()))
+        return np.setdiff1d(np.arange(self.vocab_size), self.special_tokens.ids)
 
 
 def training_masks(seed: int, epoch: int) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ import hashlib
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import webdataset as wds
@@ -19,9 +19,10 @@ from pydantic import BaseModel, Field, ValidationError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from homodistil.data.tokenizer import tokenizer_hash
+from homodistil.data.tokenizer import NEEDED, tokenizer_hash
 from homodistil.errors import DataError
 from homodistil.files import sha256
+from homodistil.tasks import LanguageTask
 
 FORMAT_VERSION = 1
 SEQUENCES_PER_MEMBER = 512
@@ -50,24 +51,36 @@ class SourceCount(BaseModel):
 
 
 class SpecialTokens(BaseModel):
-    """Ids that are never masked."""
+    """Ids that are never masked; None for what a tokenizer lacks."""
 
-    pad: int
-    cls: int
-    sep: int
-    mask: int
-    unk: int
+    pad: int | None = None
+    """Of padding alone: None where the same token also ends a text."""
+    cls: int | None = None
+    sep: int | None = None
+    mask: int | None = None
+    unk: int | None = None
+    eos: int | None = None
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerFast) -> SpecialTokens:
-        """Of a tokenizer that has them all, as `open_tokenizer` ensures."""
-        return cls(**{name: getattr(tokenizer, f"{name}_token_id") for name in cls.model_fields})
+    def of(cls, tokenizer: PreTrainedTokenizerFast, task: LanguageTask) -> SpecialTokens:
+        """Of a tokenizer that has what a task needs, as `open_tokenizer` ensures."""
+        found = {name: getattr(tokenizer, f"{name}_token_id") for name in cls.model_fields}
+        if task == "clm" and found["pad"] == found["eos"]:
+            found["pad"] = None
+        return cls(**found)
+
+    @property
+    def ids(self) -> list[int]:
+        """All there are."""
+        return [token for token in self.model_dump().values() if token is not None]
 
 
 class ShardIndex(BaseModel):
     """index.json: everything a reader must know before it opens a shard."""
 
     format_version: int = FORMAT_VERSION
+    task: LanguageTask = "mlm"
+    """What the sequences were cut for."""
     sequence_length: int
     dtype: Literal["uint16", "uint32"]
     vocab_size: int
@@ -101,6 +114,9 @@ class ShardIndex(BaseModel):
         path, rebuild = folder / "index.json", f"Remove it and rebuild with: {BUILD_COMMAND} {folder}"
         if self.format_version != FORMAT_VERSION:
             raise DataError(f"{path}: format_version is {self.format_version}, expected {FORMAT_VERSION}. {rebuild}")
+        for name in (role.removesuffix("_token") for role in NEEDED[self.task]):
+            if getattr(self.special_tokens, name) is None:
+                raise DataError(f"{path}: special_tokens.{name}: none, but shards for {self.task} need it. {rebuild}")
         for split in ("train", "validation"):
             if not self.sequences(split):
                 raise DataError(f"{path}: splits.{split} holds no sequences, expected at least one. {rebuild}")
@@ -130,9 +146,12 @@ class ShardIndex(BaseModel):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     @property
-    def tokenizer_name(self) -> str:
-        """Folder of the tokenizer, below the shards'."""
-        return "tokenizer"
+    def mean_length(self) -> float:
+        """Tokens a sequence, on average: all are full."""
+        return float(self.sequence_length)
+
+    tokenizer_name: ClassVar[str] = "tokenizer"
+    """Folder of the tokenizer, below the shards'."""
 
 
 def write_shard(path: Path, blocks: Iterable[Sequences]) -> ShardEntry:

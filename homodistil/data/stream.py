@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from homodistil.batch import Batch
 from homodistil.config import DataConfig
+from homodistil.data.causal import CausalScorer
 from homodistil.data.hashing import Purpose, permutation
 from homodistil.data.masking import VALIDATION_MASKS, Masker, training_masks
 from homodistil.data.shards import Sequences, ShardIndex, read_shard
@@ -34,7 +35,8 @@ Numbers = NDArray[np.int64]
 
 
 class Stream:
-    """Masked batches of a folder of shards. Raises `ConfigError` or `DataError` where the sizes do not divide."""
+    """Batches of a folder of shards, masked or with each next token as a label, by what the shards were built for.
+    Raises `ConfigError` or `DataError` where the sizes do not divide."""
 
     def __init__(self, config: DataConfig, seed: int, ranks: Ranks, bad_shards: Iterable[str] = ()):
         """bad_shards: those that an earlier process of this run found, so that the same ones are replaced."""
@@ -47,12 +49,18 @@ class Stream:
             Lane(config.shards, self.index, lane, config.lanes, seed, self._bad)
             for lane in range(ranks.rank, config.lanes, ranks.world_size)
         ]
-        self._mask = Masker(
-            config.mask_probability,
-            self.index.vocab_size,
-            self.index.special_tokens,
-            self._word_continuations() if config.whole_word else None,
-        )
+        self._score = self._scorer()
+
+    def _scorer(self) -> Masker | CausalScorer:
+        config, index = self._config, self.index
+        if index.task == "clm":
+            if config.whole_word:
+                raise ConfigError(
+                    f"data.whole_word is true, but {config.shards} was built for clm, where nothing is masked. Drop it."
+                )
+            return CausalScorer(index.special_tokens.pad)
+        continues = self._word_continuations() if config.whole_word else None
+        return Masker(config.mask_probability, index.vocab_size, index.special_tokens, continues)
 
     def _word_continuations(self) -> NDArray[np.bool_]:
         return continuation_pieces(self._config.shards / self.index.tokenizer_name, self.index.vocab_size)
@@ -111,7 +119,7 @@ class Stream:
         epoch, position = divmod(update, self.updates_per_epoch)
         shares = [lane.rows(epoch, position * self._rows, self._rows) for lane in self._lanes]
         sequences, samples = (np.concatenate(parts) for parts in zip(*shares, strict=True))
-        batch = self._mask(sequences, samples, *training_masks(self._seed, epoch))
+        batch = self._score(sequences, samples, *training_masks(self._seed, epoch))
         return batch.pin_memory() if self._ranks.device.type == "cuda" else batch
 
     def validation(self, sequences: int, micro_batch: int) -> list[Batch]:
@@ -124,7 +132,7 @@ class Stream:
         held_out = np.concatenate(parts)[:sequences]
         rank, world_size = self._ranks.rank, self._ranks.world_size
         numbers = rank + world_size * np.arange(-(-len(held_out) // world_size))
-        batch = self._mask(held_out[numbers % len(held_out)], numbers % len(held_out), *VALIDATION_MASKS)
+        batch = self._score(held_out[numbers % len(held_out)], numbers % len(held_out), *VALIDATION_MASKS)
         batch.weights[torch.from_numpy(numbers >= len(held_out))] = 0
         return list(batch.micro_batches(micro_batch))
 

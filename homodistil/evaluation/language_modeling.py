@@ -68,18 +68,18 @@ def score(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, float]:
     return {**figures, "tokens_per_second": tokens / seconds}
 
 
-def unigram(shards: Path, batches: Sequence[Batch]) -> dict[str, float]:
-    """mlm_loss and mlm_accuracy of guessing each token by its frequency in the training split."""
+def unigram(shards: Path, batches: Sequence[Batch], prefix: str = "mlm") -> dict[str, float]:
+    """mlm_loss and mlm_accuracy, or with another `prefix`, of guessing each token by how often it is trained on."""
     guess_V = token_frequencies(shards).log()
     sums = [measure(_only_logits(guess_V.expand(*batch.labels.shape, -1)), None, batch) for batch in batches]
-    return _figures(sums)
+    return _figures(sums, prefix)
 
 
 def token_frequencies(shards: Path) -> Tensor:
     """(V,) float64, sums to 1: how often each token comes in the training split, add-one smoothed.
 
-    Special tokens, which are never scored, count as never seen. Shards that cannot be read are left out: a run is not
-    to fail at its very end for a reference figure.
+    Special tokens, which are never masked, count as never seen where words are. Shards that cannot be read are left
+    out: a run is not to fail at its very end for a reference figure.
     """
     index = ShardIndex.load(shards, check_files=False)
     step = max(1, index.sequences("train") * index.sequence_length // COUNTED_TOKENS)
@@ -89,7 +89,8 @@ def token_frequencies(shards: Path) -> Tensor:
             counts_V += np.bincount(read_shard(shards, index, entry).ravel(), minlength=index.vocab_size)
         except DataError as error:
             logger.warning("not counted for the unigram guess: %s", error)
-    counts_V[list(index.special_tokens.model_dump().values())] = 0
+    if index.task == "mlm":
+        counts_V[index.special_tokens.ids] = 0
     return torch.from_numpy((counts_V + 1) / (counts_V + 1).sum())
 
 
@@ -103,6 +104,6 @@ def _only_logits(logits_BSV: Tensor) -> Signals:
     return Signals(hidden_states=(), queries_keys=(), attention_scale=1.0, logits=logits_BSV)
 
 
-def _figures(sums: Sequence[Tensor]) -> dict[str, float]:
+def _figures(sums: Sequence[Tensor], prefix: str = "mlm") -> dict[str, float]:
     measures = Measures.of(torch.stack(list(sums)).sum(dim=0))
-    return {"mlm_loss": measures.student_mlm_loss, "mlm_accuracy": measures.student_mlm_accuracy}
+    return {f"{prefix}_loss": measures.student_loss, f"{prefix}_accuracy": measures.student_accuracy}

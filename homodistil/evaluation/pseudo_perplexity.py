@@ -97,7 +97,9 @@ def _held_out(shards: Path, count: int, model: Path, config: PretrainedConfig) -
     rows = (row for entry in index.splits["validation"] for row in read_shard(shards, index, entry).tolist())
     special = index.special_tokens
     ids = [[token for token in row if token != special.pad] for row in islice(rows, count)]
-    return Sentences(ids, special.mask, {special.pad, special.cls, special.sep})
+    assert special.mask is not None, "shards for masked language modelling have one"
+    framing = {token for token in (special.pad, special.cls, special.sep) if token is not None}
+    return Sentences(ids, special.mask, framing)
 
 
 def _lines(source: str, count: int, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> Sentences:

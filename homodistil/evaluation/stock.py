@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from homodistil.data.shards import ShardIndex
-from homodistil.errors import ModelError
+from homodistil.errors import DataError, ModelError
 from homodistil.models.loading import AUTO_CLASSES
 from homodistil.tasks import Kind
 
@@ -61,7 +61,13 @@ def _kinds(config: PretrainedConfig) -> list[Kind]:
 
 
 def check_fits(directory: Path, config: PretrainedConfig, shards: Path, index: ShardIndex) -> None:
-    """Raises `ModelError` for a model with another vocabulary than the shards, or fewer positions."""
+    """Raises `ModelError` for a model with another vocabulary than the shards, or fewer positions, `DataError` for
+    shards without masks."""
+    if index.task != "mlm":
+        raise DataError(
+            f"{shards}: built for {index.task}, but a masked language model is measured on shards for mlm. Build them "
+            "with: data_prep/build_shards.py --task mlm."
+        )
     if config.vocab_size != index.vocab_size:
         raise ModelError(
             f"{directory}: vocab_size is {config.vocab_size}, but {shards} was tokenized with {index.vocab_size} "

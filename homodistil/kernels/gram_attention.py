@@ -1,9 +1,9 @@
-"""Squared error between two models' attention scores, with and without T x T maps: two exact forms of one number.
+"""Squared error between two models' attention scores, with and without T x T maps: exact forms of one number.
 
 Both work on factors U, V with U V^T = Q_s K_s^T - Q_t K_t^T = D on valid pairs and zero elsewhere. `direct` makes D;
 `gram` uses ||U V^T||^2 = <U^T U, V^T V>, whose matrices are as wide as a head and whose cost is linear in T. Which
-heads and columns face each other, scaling, centring and normalising are the objective's. Bidirectional attention only:
-a causal mask does not factorise over queries and keys.
+heads and columns face each other, scaling, centring and normalising are the objective's. A causal mask does not
+factorise over queries and keys: `causal` makes D too, but block by block, and only up to the diagonal.
 """
 
 # B sequences, A compared heads, T tokens, d student's head width, e teacher's head width, w = d + e
@@ -23,6 +23,8 @@ from homodistil.kernels.squares import sum_of_squares
 QueriesKeys = tuple[Tensor, Tensor]
 """Queries and keys of one layer: (B, A, T, head width) each."""
 ScoreDifference = Callable[[QueriesKeys, QueriesKeys, Tensor], Tensor]
+QUERIES = 128
+"""Of a causal map, so many rows are made at once."""
 
 
 def direct(student: QueriesKeys, teacher: QueriesKeys, valid_BT: Tensor) -> Tensor:
@@ -39,6 +41,16 @@ def gram(student: QueriesKeys, teacher: QueriesKeys, valid_BT: Tensor) -> Tensor
     """The value and gradients of `direct`, from two w x w matrices per head."""
     with without_autocast(valid_BT):
         return _Gram.apply(*student, *teacher, valid_BT)
+
+
+def causal(student: QueriesKeys, teacher: QueriesKeys, valid_BT: Tensor) -> Tensor:
+    """`direct`, of the pairs alone whose key does not come after the query.
+
+    Keeps no map: at most QUERIES rows of it exist at a time, and for the backward pass the gradients themselves, which
+    the value's own pass makes of each block, (B, A, T, d) twice.
+    """
+    with without_autocast(valid_BT):
+        return _Causal.apply(*student, *teacher, valid_BT)
 
 
 class _Direct(torch.autograd.Function):
@@ -73,6 +85,30 @@ class _Gram(torch.autograd.Function):
         by_query = left @ (right.mT @ key_s.to(right.dtype) * twice).to(left.dtype)
         by_key = right @ (left.mT @ query_s.to(left.dtype) * twice).to(right.dtype)
         return by_query.to(query_s.dtype), by_key.to(key_s.dtype), None, None, None
+
+
+class _Causal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query_s: Tensor, key_s: Tensor, query_t: Tensor, key_t: Tensor, valid_BT: Tensor) -> Tensor:
+        left, right = difference_factors((query_s, key_s), (query_t, key_t), valid_BT)
+        by_query, by_key = (torch.zeros_like(at_least_fp32(x)) for x in (query_s, key_s))
+        sums = []
+        for start in range(0, left.shape[-2], QUERIES):
+            end = min(start + QUERIES, left.shape[-2])
+            difference = left[..., start:end, :] @ right[..., :end, :].mT
+            difference[..., start:].tril_()
+            sums.append(sum_of_squares(difference).sum())
+            by_query[..., start:end, :] = difference @ key_s[..., :end, :].to(difference.dtype)
+            by_key[..., :end, :] += difference.mT @ query_s[..., start:end, :].to(difference.dtype)
+        ctx.save_for_backward(by_query.to(query_s.dtype), by_key.to(key_s.dtype))
+        return torch.stack(sums).sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """`_Direct`'s, made already but for the factor."""
+        by_query, by_key = ctx.saved_tensors
+        twice = 2 * gradient
+        return (by_query * twice).to(by_query.dtype), (by_key * twice).to(by_key.dtype), None, None, None
 
 
 def prefers_gram(tokens: int, student_width: int, teacher_width: int) -> bool:

@@ -1,7 +1,8 @@
 """Aligners: the map through which one hidden state of the student is compared with the teacher's.
 
-The hidden group owns a projection's student side: it is sliced with the student and never scored. A narrower student
-gets newly built aligners; their weights are carried over like all others. The comparison itself is objective/'s.
+The hidden group owns a map's student side: it is sliced with the student and never scored. A narrower student gets
+newly built aligners; their weights are carried over like all others. The comparison itself is objective/'s, and what
+a teacher's own filters let through teacher.py's.
 """
 
 # B sequences, T tokens, D / E student's / teacher's hidden width
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from homodistil.config import HiddenTerm
+from homodistil.knowledge.filters import Filter, FilterSet
 from homodistil.models.groups import Member
 from homodistil.models.shape import HIDDEN, StudentShape
 
@@ -69,12 +71,43 @@ class IndexedAligner(nn.Module):
         return ()
 
 
-def build_aligners(term: HiddenTerm, shape: StudentShape, states: int) -> nn.ModuleList:
-    """One aligner for each of `states` hidden states (layers + 1), for a student of `shape`."""
-    kept = shape.kept[HIDDEN]
+class FilterAligner(nn.Module):
+    """The student's task-aware filter, which goes on learning; what it faces has been through the teacher's (TED)."""
+
+    def __init__(self, filter_: Filter) -> None:
+        super().__init__()
+        self.filter = filter_
+
+    def forward(self, student_BTD: Tensor, teacher_BTE: Tensor) -> tuple[Tensor, Tensor]:
+        return self.filter(student_BTD), teacher_BTE
+
+    def members(self, prefix: str) -> tuple[Member, ...]:
+        return (Member(f"{prefix}.filter.{self.filter.entrance}", axis=1, scored_with=None),)
+
+
+def build_aligners(
+    term: HiddenTerm, shape: StudentShape, states: int, teacher_width: int | None = None
+) -> nn.ModuleList:
+    """One aligner for each of `states` hidden states that are compared, for a student of `shape`. teacher_width: by
+    default that of the model which the student was pruned out of."""
+    kept, teacher_width = shape.kept[HIDDEN], teacher_width or shape.teacher.hidden
     if term.aligner == "indexed":
         return nn.ModuleList(IndexedAligner(kept) for _ in range(states))
-    return nn.ModuleList(ProjectionAligner(kept, shape.teacher.hidden, term.projection_init) for _ in range(states))
+    return nn.ModuleList(ProjectionAligner(kept, teacher_width, term.projection_init) for _ in range(states))
+
+
+def filter_aligners(filters: FilterSet, layers: Sequence[int], shape: StudentShape) -> nn.ModuleList:
+    """The filters at these layers, as far as they read what a student of `shape` still has."""
+    kept = shape.kept[HIDDEN]
+    return nn.ModuleList(FilterAligner(narrowed(filters.filter(layer), kept)) for layer in layers)
+
+
+def narrowed(filter_: Filter, kept: Sequence[int]) -> Filter:
+    """A filter less the inputs that its model has lost, in place."""
+    first = filter_.inner or filter_.linear
+    first.weight = nn.Parameter(first.weight.detach()[:, list(kept)].contiguous())
+    first.in_features = len(kept)
+    return filter_
 
 
 def hidden_members(aligners: nn.ModuleList, prefix: str) -> tuple[Member, ...]:

@@ -7,9 +7,15 @@ from transformers import PretrainedConfig
 from homodistil.errors import ModelError, nearest
 from homodistil.models.base import ModelFamily
 from homodistil.models.bert import BertFamily
+from homodistil.models.deberta import DebertaFamily
+from homodistil.models.gpt2 import Gpt2Family
 from homodistil.tasks import Kind
 
-FAMILIES: dict[str, Callable[[Kind], ModelFamily]] = {"bert": BertFamily}
+FAMILIES: dict[str, Callable[[Kind], ModelFamily]] = {
+    "bert": BertFamily,
+    "gpt2": Gpt2Family,
+    "deberta-v2": DebertaFamily,
+}
 """Hugging Face `model_type` -> its family, given what its models are asked for."""
 
 
@@ -27,4 +33,4 @@ def family_of(config: PretrainedConfig, kind: Kind = "masked") -> ModelFamily:
             f"{where}: a {config.model_type} model serves {', '.join(family.kinds)} tasks, not {kind} ones. "
             "Set task.name to another task, or use another model."
         )
-    return family
+    return family.for_config(config)

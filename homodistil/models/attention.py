@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
@@ -45,14 +45,14 @@ def attention_implementation(kernel: Kernel) -> str:
     A model built with that name returns in `attentions`, for `output_attentions=True`, one `(query, key)` per
     layer, each (B, A, T, d). Raises `ConfigError` where FlashAttention is asked for and cannot run.
     """
-    mask = ALL_MASK_ATTENTION_FUNCTIONS[kernel] if kernel == "flash_attention_2" else _key_mask
+    mask = ALL_MASK_ATTENTION_FUNCTIONS[kernel] if kernel == "flash_attention_2" else _mask
     return register(_NAMES[kernel], _kernel_function(kernel), mask)
 
 
 def register(name: str, kernel: Attention, mask: Callable[..., Tensor | None] | None = None) -> str:
     """Make `kernel` an `attn_implementation` that hands out queries and keys; returns its name."""
     AttentionInterface.register(name, _returning_queries_and_keys(kernel))
-    AttentionMaskInterface.register(name, mask or _key_mask)  # without one, padding is attended to
+    AttentionMaskInterface.register(name, mask or _mask)  # without one, padding is attended to
     return name
 
 
@@ -62,10 +62,30 @@ def is_written_out(kernel: Kernel, device_type: str, tokens: int) -> bool:
     return kernel == "eager" or (kernel == "auto" and device_type == "cpu" and tokens <= SHORT)
 
 
-def _key_mask(*, attention_mask: Tensor | None, **_: Any) -> Tensor | None:
-    """(B, 1, 1, T), where transformers' own is (B, 1, T, T): bidirectional attention has one mask for all queries.
-    Without padding there is none, so that SDPA may choose its fastest kernel."""
-    return None if attention_mask is None else attention_mask[:, None, None, :].bool()
+def nothing_masked(device: torch.device) -> Tensor:
+    """(1, 1, 1, 1): the `attention_mask` of a causal model's batch without padding. Given none, transformers would
+    search the positions for packed sequences, and wait for the device to do so."""
+    return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
+
+
+def _mask(
+    *,
+    attention_mask: Tensor | None,
+    mask_function: Callable[..., Any],
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    **_: Any,
+) -> Tensor | None:
+    """(B, 1, 1, T) for bidirectional attention, where transformers' own is (B, 1, T, T): all queries have one mask.
+    Without padding there is none, so that SDPA may choose its fastest kernel; causality is then the kernel's."""
+    if attention_mask is None:
+        return None
+    keys_B11T = attention_mask[:, None, None, :].bool()
+    if mask_function is bidirectional_mask_function:
+        return keys_B11T
+    queries_T1 = torch.arange(q_length, device=attention_mask.device)[:, None] + q_offset
+    return keys_B11T & mask_function(0, 0, queries_T1, torch.arange(kv_length, device=attention_mask.device))
 
 
 def _kernel_function(kernel: Kernel) -> Attention:
@@ -91,6 +111,8 @@ def _returning_queries_and_keys(attention: Attention) -> Attention:
         output_attentions: bool = False,  # taken out: the kernel has no maps to return, and would say so
         **kwargs: Any,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        if attention_mask is not None and attention_mask.numel() == 1:
+            attention_mask = None  # `nothing_masked`
         output, _ = attention(module, query, key, value, attention_mask, **kwargs)
         return output, (query, key)
 
@@ -109,6 +131,9 @@ def _eager(
 ) -> tuple[Tensor, None]:
     """Attention written out. transformers keeps one such function per model and none in its registry."""
     scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is None and module.is_causal:
+        attention_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+        attention_mask = attention_mask.tril(key.shape[2] - query.shape[2])
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     probabilities = nn.functional.dropout(scores.softmax(dim=-1), p=dropout, training=module.training)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -31,6 +31,12 @@ class ModelFamily(Protocol):
     """Whether a token sees those before it alone."""
     pre_norm: ClassVar[bool]
     """Whether hidden states are what no LayerNorm has standardised."""
+    own_attention: ClassVar[bool]
+    """Whether attention is the architecture's own code, so that no attention function can be chosen for it."""
+
+    def for_config(self, config: PretrainedConfig) -> ModelFamily:
+        """The family of models with this config, which may decide which tensors there are."""
+        ...
 
     @property
     def head_names(self) -> tuple[str, ...]:
@@ -65,9 +71,9 @@ class ModelFamily(Protocol):
         nearest widths that a stock config can express."""
         ...
 
-    def fold_attention_scale(self, shape: StudentShape) -> dict[str, float]:
-        """Parameter -> factor that makes a stock model, which scales by its own head width, compute the
-        same scores: sqrt(d_new / d_original) on each query weight and bias."""
+    def fold_attention_scale(self, shape: StudentShape) -> Mapping[str, float | Tensor]:
+        """Parameter -> factor, or factors that broadcast with it, with which a stock model, which scales by its own
+        head width, computes the same scores: sqrt(d_new / d_original) on each query weight and bias."""
         ...
 
     def signals(self, model: PreTrainedModel, batch: Batch) -> Signals:

@@ -46,6 +46,10 @@ class BertFamily:
     kinds: ClassVar[tuple[Kind, ...]] = tuple(HEADS)
     causal: ClassVar[bool] = False
     pre_norm: ClassVar[bool] = False
+    own_attention: ClassVar[bool] = False
+
+    def for_config(self, _config: PretrainedConfig) -> BertFamily:
+        return self
 
     @property
     def head_names(self) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     BertConfig,
+    GPT2Config,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -37,6 +38,7 @@ from transformers import (
 from homodistil.errors import ConfigError, ModelError, nearest
 from homodistil.files import sha256
 from homodistil.models import family_of
+from homodistil.models.base import ModelFamily
 from homodistil.tasks import TASKS, Kind, Task
 
 AUTO_CLASSES: dict[Kind, Any] = {
@@ -54,6 +56,8 @@ HEAD_WORDS: dict[Kind, str] = {
     "regression": "regressor's",
     "span": "question-answering",
 }
+CONFIGS: dict[Kind, Any] = {"masked": BertConfig, "causal": GPT2Config}
+"""What models are made from nothing."""
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 
@@ -89,14 +93,19 @@ def load_model(
     """
     path = model_directory(path)
     config, files = load_config(path, task), weight_files(path)
-    settings = {} if attention is None else {"attn_implementation": attention}
+    family = family_of(config, task.kind)
     try:
         model, report = AUTO_CLASSES[task.kind].from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+            path,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **_attention_setting(family, attention),
         )
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise ModelError(f"{path}: the weights cannot be read: {error}. Copy or save the model again.") from error
-    excused = family_of(config, task.kind).head_names if new_head else ()
+    excused = family.head_names if new_head else ()
     missing = [name for name in sorted(report["missing_keys"]) if not name.startswith(excused)]
     mismatched = [fault for fault in sorted(report["mismatched_keys"]) if not fault[0].startswith(excused)]
     faults = [f"'{name}' is missing, and would be new random numbers" for name in missing]
@@ -111,6 +120,7 @@ def load_model(
         raise ModelError(
             f"{', '.join(str(file) for file in files)}: {'; '.join(faults)}. Every weight of {type(model).__name__} "
             f"must be trained: use a checkpoint saved from that class, with its {HEAD_WORDS[task.kind]} head."
+            + (_headless(task) if _own_names(model, family.head_names) <= set(missing) else "")
         )
     return model
 
@@ -150,29 +160,35 @@ def model_hash(path: str | Path) -> str:
     return sha256(*weight_files(path))
 
 
-def bert_config(fields: dict[str, Any], vocab_size: int) -> BertConfig:
-    """The config of a BERT made from nothing: a recipe's `student.config`. Raises `ConfigError`, `ShapeError`."""
-    known = sorted(field.name for field in dataclasses.fields(BertConfig))
+def new_config(fields: dict[str, Any], vocab_size: int, kind: Kind = "masked") -> PretrainedConfig:
+    """The config of a model made from nothing, a recipe's `student.config`: a BERT, or for causal language modelling a
+    GPT-2. Raises `ConfigError`, `ShapeError`."""
+    made = CONFIGS[kind]
+    known = sorted(field.name for field in dataclasses.fields(made))
     for name in fields:
         if name not in known:
-            raise ConfigError(f"student.config: unknown key '{name}'.{nearest(name, known)} Use fields of BertConfig.")
+            hint = nearest(name, known)
+            raise ConfigError(f"student.config: unknown key '{name}'.{hint} Use fields of {made.__name__}.")
     if fields.get("vocab_size", vocab_size) != vocab_size:
         raise ConfigError(
             f"student.config.vocab_size is {fields['vocab_size']}, but the shards' tokenizer has {vocab_size} tokens. "
             "Leave the key out."
         )
     try:
-        config = BertConfig(**{**fields, "vocab_size": vocab_size})
+        config = made(**{**fields, "vocab_size": vocab_size})
     except StrictDataclassError as error:
         raise ConfigError(f"student.config: {error}") from None
-    family_of(config).widths(config)
+    for field in ("bos_token_id", "eos_token_id"):  # GPT-2's defaults are its own vocabulary's last
+        if kind == "causal" and field not in fields:
+            setattr(config, field, None)
+    family_of(config, kind).widths(config)
     return config
 
 
 def new_model(config: PretrainedConfig, attention: str | None = None, kind: Kind = "masked") -> PreTrainedModel:
     """A fp32 model with new random weights, drawn from torch's global generator. It owns a copy of `config`."""
-    settings = {} if attention is None else {"attn_implementation": attention}
-    return AUTO_CLASSES[kind].from_config(copy.deepcopy(config), dtype=torch.float32, **settings)
+    setting = _attention_setting(family_of(config, kind), attention)
+    return AUTO_CLASSES[kind].from_config(copy.deepcopy(config), dtype=torch.float32, **setting)
 
 
 def skeleton(config: PretrainedConfig, attention: str | None = None, kind: Kind = "masked") -> PreTrainedModel:
@@ -198,6 +214,26 @@ def materialise(model: nn.Module, device: torch.device | str = "cpu") -> None:
             if parameter.is_meta:
                 filled = nn.Parameter(torch.zeros_like(parameter, device=device), parameter.requires_grad)
                 setattr(module, name, real.setdefault(id(parameter), filled))
+
+
+def _attention_setting(family: ModelFamily, attention: str | None) -> dict[str, str]:
+    """transformers refuses some names of attention functions for a model that has no use for any."""
+    return {} if attention is None or family.own_attention else {"attn_implementation": attention}
+
+
+def _own_names(model: nn.Module, beginnings: tuple[str, ...]) -> set[str]:
+    """Of parameters that are no other's twin."""
+    return {name for name, _ in model.named_parameters() if name.startswith(beginnings)}
+
+
+def _headless(task: Task) -> str:
+    text = f" This one has no {HEAD_WORDS[task.kind]} head at all"
+    if task.kind != "masked":
+        return f"{text}: train it on the task first."
+    return (
+        f"{text}, as no published DeBERTaV3 has a trained one: set task.name to a benchmark's and give a teacher "
+        "fine-tuned on it, or train a head on masked text first."
+    )
 
 
 def _zero_weights(model: nn.Module) -> Iterator[str]:

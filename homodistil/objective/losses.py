@@ -14,12 +14,35 @@ from torch.nn import functional as F
 from homodistil.kernels.gram_attention import QueriesKeys, ScoreDifference
 from homodistil.kernels.precision import at_least_fp32, without_autocast
 from homodistil.kernels.squares import squared_error
+from homodistil.tasks import Kind
 
 
 def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, weights_BS: Tensor) -> Tensor:
-    """Sum over slots of weight * -log p(label), in nats: the masked-language-model loss (Devlin et al. 2019)."""
+    """Sum over slots of weight * -log p(label), in nats: of masked words (Devlin et al. 2019), next ones, classes."""
     losses = F.cross_entropy(at_least_fp32(logits_BSV).flatten(0, 1), labels_BS.flatten(), reduction="none")
     return (losses * weights_BS.flatten()).sum()
+
+
+def squared_differences(predicted_BS1: Tensor, wanted_BS: Tensor, weights_BS: Tensor) -> Tensor:
+    """Sum over slots of weight * (prediction - wanted)^2: a regression's loss, and its distance from its teacher."""
+    return (weights_BS * (at_least_fp32(predicted_BS1).squeeze(-1) - wanted_BS).square()).sum()
+
+
+def task_loss(kind: Kind, logits_BSV: Tensor, labels_BS: Tensor, weights_BS: Tensor) -> Tensor:
+    """Sum over slots of the loss that a kind of task is trained with."""
+    loss = squared_differences if kind == "regression" else cross_entropy
+    return loss(logits_BSV, labels_BS, weights_BS)
+
+
+def task_divergence(
+    kind: Kind, student_BSV: Tensor, teacher_BSV: Tensor, weights_BS: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Sum over slots of how far the student's predictions are from its teacher's: KL(teacher || student) in nats at
+    `temperature`; for a regression, which has no distribution, the squared difference."""
+    if kind == "regression":
+        return squared_differences(student_BSV, at_least_fp32(teacher_BSV).squeeze(-1), weights_BS)
+    student_log_p, teacher_log_p = (log_probabilities(logits, temperature) for logits in (student_BSV, teacher_BSV))
+    return divergence(student_log_p, teacher_log_p, weights_BS)
 
 
 def log_probabilities(logits_BSV: Tensor, temperature: float = 1.0) -> Tensor:
@@ -36,9 +59,9 @@ def divergence(student_log_p_BSV: Tensor, teacher_log_p_BSV: Tensor, weights_BS:
     return (weights_BS * kl_BSV.sum(dim=-1)).sum()
 
 
-def hidden_difference(student_BTD: Tensor, teacher_BTD: Tensor, valid_BT: Tensor) -> Tensor:
-    """Sum over tokens, padding left out, of the squared difference averaged over dimensions."""
-    return squared_error(student_BTD, teacher_BTD, valid_BT) / student_BTD.shape[-1]
+def hidden_difference(student_BTD: Tensor, teacher_BTD: Tensor, valid_BT: Tensor, variance: float = 1.0) -> Tensor:
+    """Sum over tokens, padding left out, of the squared difference averaged over dimensions, divided by `variance`."""
+    return squared_error(student_BTD, teacher_BTD, valid_BT) / (student_BTD.shape[-1] * variance)
 
 
 def score_difference(
@@ -62,15 +85,33 @@ def centred(queries_keys: QueriesKeys, valid_BT: Tensor) -> QueriesKeys:
     return query, key - mean
 
 
-def probability_difference(student: QueriesKeys, teacher: QueriesKeys, valid_BT: Tensor, scale: float) -> Tensor:
+def causally_centred(queries_keys: QueriesKeys, valid_BT: Tensor) -> QueriesKeys:
+    """`centred` where a query sees no later keys: its scores lose their mean over the valid keys up to its own.
+
+    That mean key is another for each query, so it becomes one more dimension, the first: the query's product with it,
+    negated, which meets a 1 in every key. (B, A, T, d) -> (B, A, T, 1 + d) each.
+    """
+    query, key = map(at_least_fp32, queries_keys)
+    valid_B1T1 = valid_BT[:, None, :, None].to(key.dtype)
+    mean = (key * valid_B1T1).cumsum(dim=2) / valid_B1T1.cumsum(dim=2).clamp(min=1)
+    lost = -(query * mean).sum(dim=-1, keepdim=True)
+    return torch.cat([lost, query], dim=-1), torch.cat([torch.ones_like(lost), key], dim=-1)
+
+
+def probability_difference(
+    student: QueriesKeys, teacher: QueriesKeys, valid_BT: Tensor, scale: float, causal: bool = False
+) -> Tensor:
     """Sum over valid pairs and heads of the squared difference of attention probabilities."""
-    difference = _probabilities(student, valid_BT, scale) - _probabilities(teacher, valid_BT, scale)
-    return (difference.square().sum(dim=-1) * valid_BT[:, None, :]).sum()  # at padding keys both are 0
+    hidden = valid_BT[:, None, None, :] == 0
+    if causal:
+        tokens = valid_BT.shape[1]
+        hidden = hidden | torch.ones((tokens, tokens), dtype=torch.bool, device=hidden.device).triu(1)
+    difference = _probabilities(student, hidden, scale) - _probabilities(teacher, hidden, scale)
+    return (difference.square().sum(dim=-1) * valid_BT[:, None, :]).sum()  # at hidden keys both are 0
 
 
-def _probabilities(queries_keys: QueriesKeys, valid_BT: Tensor, scale: float) -> Tensor:
+def _probabilities(queries_keys: QueriesKeys, hidden: Tensor, scale: float) -> Tensor:
     query, key = map(at_least_fp32, queries_keys)
     with without_autocast(query):
         scores = query @ key.mT * scale
-    padding = valid_BT[:, None, None, :] == 0
-    return scores.masked_fill(padding, torch.finfo(scores.dtype).min).softmax(dim=-1)
+    return scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(dim=-1)

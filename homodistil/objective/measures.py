@@ -1,10 +1,10 @@
-"""What validation reports: loss and accuracy at the masked positions, and how far the student is from its teacher.
+"""What validation reports: loss and accuracy at the scored slots, and how far the student is from its teacher.
 
 One vector of sums per batch, so that batches and ranks add up before anything is divided. Which text is measured and
 who adds are the caller's.
 """
 
-# B sequences, S scored slots, V vocabulary
+# B sequences, S scored slots, V vocabulary or classes
 
 from __future__ import annotations
 
@@ -14,25 +14,28 @@ import torch
 from torch import Tensor
 
 from homodistil.batch import Batch
-from homodistil.objective.losses import cross_entropy, divergence, log_probabilities
+from homodistil.objective.losses import task_divergence, task_loss
 from homodistil.signals import Signals
+from homodistil.tasks import Kind
 
 
-def measure(student: Signals, teacher: Signals | None, batch: Batch) -> Tensor:
+def measure(student: Signals, teacher: Signals | None, batch: Batch, kind: Kind = "masked") -> Tensor:
     """Sums over a batch's scored slots, (6,) float64: slots, student's loss and hits, teacher's loss and hits, KL.
 
-    Losses and KL(teacher || student), at temperature 1, in nats. Without a teacher only the first three.
+    Losses and KL(teacher || student), at temperature 1, in nats; of a regression squared differences, and no hits.
+    Without a teacher only the first three.
     """
-    sums = [batch.weights.sum(), *_loss_and_hits(student.logits, batch)]
+    sums = [batch.weights.sum(), *loss_and_hits(student.logits, batch, kind)]
     if teacher is not None:
-        student_log_p, teacher_log_p = (log_probabilities(signals.logits) for signals in (student, teacher))
-        sums += [*_loss_and_hits(teacher.logits, batch), divergence(student_log_p, teacher_log_p, batch.weights)]
+        distance = task_divergence(kind, student.logits, teacher.logits, batch.weights)
+        sums += [*loss_and_hits(teacher.logits, batch, kind), distance]
     return torch.stack([value.double() for value in sums])
 
 
-def _loss_and_hits(logits_BSV: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def loss_and_hits(logits_BSV: Tensor, batch: Batch, kind: Kind) -> tuple[Tensor, Tensor]:
+    """Sums over the scored slots of the task's loss, and of right first guesses."""
     hits = (logits_BSV.argmax(dim=-1) == batch.labels) * batch.weights
-    return cross_entropy(logits_BSV, batch.labels, batch.weights), hits.sum()
+    return task_loss(kind, logits_BSV, batch.labels, batch.weights), hits.sum() * (kind != "regression")
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,10 @@ class Measures:
     """Means per scored slot; what needs a teacher is None without one."""
 
     slots: float
-    student_mlm_loss: float
-    student_mlm_accuracy: float
-    teacher_mlm_loss: float | None
-    teacher_mlm_accuracy: float | None
+    student_loss: float
+    student_accuracy: float
+    teacher_loss: float | None
+    teacher_accuracy: float | None
     kl: float | None
 
     @classmethod

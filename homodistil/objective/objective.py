@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from homodistil.batch import Batch, Counts
 from homodistil.config import ObjectiveConfig, PerformanceConfig
 from homodistil.errors import ConfigError
-from homodistil.kernels.gram_attention import QueriesKeys, direct, gram, prefers_gram
+from homodistil.kernels import gram_attention
+from homodistil.kernels.gram_attention import QueriesKeys, ScoreDifference
 from homodistil.kernels.vocabulary import cross_entropy_and_divergence
 from homodistil.models.shape import StudentShape
 from homodistil.objective import losses
 from homodistil.objective.pairing import HeadPairing
 from homodistil.signals import Signals
+from homodistil.tasks import Kind
 
 
 @dataclass(frozen=True)
@@ -32,31 +34,36 @@ class Losses:
     total: Tensor
     """Scalar to differentiate: the weighted sum of the terms."""
     parts: dict[str, Tensor]
-    """Each computed term, unweighted and detached: "mlm", "kl", "hidden", "attention"."""
+    """Each computed term, unweighted and detached: "task", "kl", "hidden", "attention"."""
 
 
 class Objective(nn.Module):
-    """L = mlm + a1 kl + a2 hidden + a3 attention (HomoDistil). No parameters; its index tensors move with `to`."""
+    """L = task + a1 kl + a2 hidden + a3 attention (HomoDistil, TED). No parameters; index tensors move with `to`."""
 
     def __init__(
         self,
         config: ObjectiveConfig,
         shape: StudentShape,
         performance: PerformanceConfig,
-        matched: Sequence[int] | None = None,
+        layers: Sequence[int] | None = None,
+        kind: Kind = "masked",
+        causal: bool = False,
+        hidden_variances: Sequence[float] | None = None,
     ) -> None:
-        """matched: for each of the student's layers the teacher's that it is compared with; None if they have equally
-        many. Raises `ConfigError` for a Gram form that does not exist."""
+        """layers: those of the student's that are compared, all by default. causal: whether a token sees those before
+        it alone. hidden_variances: for each compared hidden state, what its squared difference is divided by, of
+        pre-norm families the teacher's variance (SPEC 1.1); 1 by default. Raises `ConfigError` for a Gram form that
+        does not exist."""
         super().__init__()
+        self.causal = causal
+        self.hidden_variances = hidden_variances
         self.config, self.gram, self.fused = config, performance.gram_attention, performance.fused_vocabulary
-        self.matched = tuple(range(shape.layers) if matched is None else matched)
+        self.layers, self.kind = tuple(range(shape.layers) if layers is None else layers), kind
         self.weights = {name: getattr(config, name).weight for name in type(config).model_fields}
-        if self.gram == "on" and self.weights["attention"] > 0 and config.attention.form == "probabilities":
-            raise ConfigError(
-                "performance.gram_attention: found on, but objective.attention.form: probabilities has no Gram form. "
-                "Set gram_attention to auto, or the form to scores or scores_centred."
-            )
-        self.pairings = nn.ModuleList(HeadPairing(shape, layer) for layer in range(shape.layers))
+        if self.gram == "on" and self.weights["attention"] > 0:
+            _refuse_gram(config.attention.form, causal)
+        attended = self.layers if self.weights["attention"] > 0 else ()
+        self.pairings = nn.ModuleList(HeadPairing(shape, layer) for layer in attended)
 
     def forward(
         self,
@@ -68,13 +75,12 @@ class Objective(nn.Module):
     ) -> Losses:
         """This micro-batch's share of the update's loss.
 
-        Args: `counts` are the whole update's, over all ranks; `aligners` one for each hidden state. Without a teacher
-        only "mlm" is computed; a term of weight 0 never is. Nothing here waits for the device.
-        Raises `ConfigError` when no term is left.
+        Args: `student` and `teacher` hold the compared layers alone; `counts` are the whole update's, over all ranks;
+        `aligners` one for each hidden state. Without a teacher only "task" is computed; a term of weight 0 never is.
+        Nothing here waits for the device. Raises `ConfigError` when no term is left.
         """
-        terms = {"mlm": lambda: self._mlm(student, batch, counts)}
+        terms = {"task": lambda: self._task(student, batch, counts)}
         if teacher is not None:
-            teacher = teacher.at_layers(self.matched)
             terms |= {
                 "kl": lambda: self._kl(student, teacher, batch, counts),
                 "hidden": lambda: self._hidden(student, teacher, batch, counts, aligners),
@@ -84,40 +90,40 @@ class Objective(nn.Module):
         if not wanted:
             raise ConfigError(f"objective: every term of {', '.join(terms)} has weight 0. Give one a positive weight.")
         values = {}
-        if self.fused and teacher is not None and {"mlm", "kl"} <= wanted.keys():
-            values = self._mlm_and_kl(student, teacher, batch, counts)
+        if self.fused and self.kind != "regression" and teacher is not None and {"task", "kl"} <= wanted.keys():
+            values = self._task_and_kl(student, teacher, batch, counts)
         values |= {name: term() for name, term in wanted.items() if name not in values}
         total = torch.stack([self.weights[name] * value for name, value in values.items()]).sum()
         return Losses(total, {name: value.detach() for name, value in values.items()})
 
-    def _mlm(self, student: Signals, batch: Batch, counts: Counts) -> Tensor:
-        return _over(losses.cross_entropy(student.logits, batch.labels, batch.weights), counts.scored)
+    def _task(self, student: Signals, batch: Batch, counts: Counts) -> Tensor:
+        return over(losses.task_loss(self.kind, student.logits, batch.labels, batch.weights), counts.scored)
 
     def _kl(self, student: Signals, teacher: Signals, batch: Batch, counts: Counts) -> Tensor:
-        temperature = self.config.kl.temperature
-        student_log_p, teacher_log_p = (losses.log_probabilities(s.logits, temperature) for s in (student, teacher))
-        divergence = losses.divergence(student_log_p, teacher_log_p, batch.weights)
-        return _over(temperature**2 * divergence, counts.scored)
+        temperature = 1.0 if self.kind == "regression" else self.config.kl.temperature
+        distance = losses.task_divergence(self.kind, student.logits, teacher.logits, batch.weights, temperature)
+        return over(temperature**2 * distance, counts.scored)
 
-    def _mlm_and_kl(self, student: Signals, teacher: Signals, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+    def _task_and_kl(self, student: Signals, teacher: Signals, batch: Batch, counts: Counts) -> dict[str, Tensor]:
         temperature = self.config.kl.temperature
-        mlm, divergence = cross_entropy_and_divergence(
+        task, divergence = cross_entropy_and_divergence(
             student.logits.flatten(0, 1),
             teacher.logits.flatten(0, 1),
             batch.labels.flatten(),
             batch.weights.flatten(),
             temperature,
         )
-        return {"mlm": _over(mlm, counts.scored), "kl": _over(temperature**2 * divergence, counts.scored)}
+        return {"task": over(task, counts.scored), "kl": over(temperature**2 * divergence, counts.scored)}
 
     def _hidden(
         self, student: Signals, teacher: Signals, batch: Batch, counts: Counts, aligners: Iterable[nn.Module]
     ) -> Tensor:
-        """Mean over the L + 1 states, embeddings included."""
-        states = zip(aligners, student.hidden_states, teacher.hidden_states, strict=True)
-        aligned = [align(s, t) for align, s, t in states]
-        differences = [losses.hidden_difference(s, t, batch.attention_mask) for s, t in aligned]
-        return _over(torch.stack(differences).mean(), counts.tokens)
+        """Mean over the states that are compared."""
+        compared = list(zip(aligners, student.hidden_states, teacher.hidden_states, strict=True))
+        variances = self.hidden_variances or [1.0] * len(compared)
+        aligned = [(*align(s, t), v) for (align, s, t), v in zip(compared, variances, strict=True)]
+        differences = [losses.hidden_difference(s, t, batch.attention_mask, variance) for s, t, variance in aligned]
+        return over(torch.stack(differences).mean(), counts.tokens)
 
     def _attention(self, student: Signals, teacher: Signals, batch: Batch, counts: Counts) -> Tensor:
         """Mean over layers and over the heads the student still has, each against the teacher's it came from."""
@@ -126,23 +132,39 @@ class Objective(nn.Module):
             self._layer_attention(s, pair(t), batch.attention_mask, student.attention_scale) for pair, s, t in layers
         ]
         heads = student.queries_keys[0][0].shape[1]
-        return _over(torch.stack(differences).mean() / heads, counts.pairs)
+        return over(torch.stack(differences).mean() / heads, counts.causal_pairs if self.causal else counts.pairs)
 
     def _layer_attention(self, student: QueriesKeys, teacher: QueriesKeys, valid_BT: Tensor, scale: float) -> Tensor:
         form = self.config.attention.form
         if form == "probabilities":
-            return losses.probability_difference(student, teacher, valid_BT, scale)
+            return losses.probability_difference(student, teacher, valid_BT, scale, self.causal)
         if form == "scores_centred":
-            student, teacher = losses.centred(student, valid_BT), losses.centred(teacher, valid_BT)
-        uses_gram = self.gram == "on" or (self.gram == "auto" and _gram_is_cheaper(student, teacher))
-        return losses.score_difference(student, teacher, valid_BT, scale, gram if uses_gram else direct)
+            centred = losses.causally_centred if self.causal else losses.centred
+            student, teacher = centred(student, valid_BT), centred(teacher, valid_BT)
+        return losses.score_difference(student, teacher, valid_BT, scale, self._exact_form(student, teacher))
+
+    def _exact_form(self, student: QueriesKeys, teacher: QueriesKeys) -> ScoreDifference:
+        """The cheapest that gives the exact sum."""
+        if self.causal:
+            return gram_attention.causal
+        tokens, width = student[0].shape[-2:]
+        cheaper = self.gram == "auto" and gram_attention.prefers_gram(tokens, width, teacher[0].shape[-1])
+        return gram_attention.gram if self.gram == "on" or cheaper else gram_attention.direct
 
 
-def _gram_is_cheaper(student: QueriesKeys, teacher: QueriesKeys) -> bool:
-    tokens, width = student[0].shape[-2:]
-    return prefers_gram(tokens, width, teacher[0].shape[-1])
+def _refuse_gram(form: str, causal: bool) -> None:
+    if causal:
+        raise ConfigError(
+            "performance.gram_attention: found on, but a causal model's attention loss has no Gram form: its mask does "
+            "not factorise. Set gram_attention to auto."
+        )
+    if form == "probabilities":
+        raise ConfigError(
+            "performance.gram_attention: found on, but objective.attention.form: probabilities has no Gram form. "
+            "Set gram_attention to auto, or the form to scores or scores_centred."
+        )
 
 
-def _over(total: Tensor, count: Tensor) -> Tensor:
+def over(total: Tensor, count: Tensor) -> Tensor:
     """A sum divided by a count in the sum's own precision; nothing to count leaves 0."""
     return total / count.clamp(min=1).to(total.dtype)

@@ -22,7 +22,7 @@ from homodistil.state import Fragment
 # N positions over all scored (parameter, axis), U units of a group
 
 Across = Literal["per_matrix", "none", "per_parameter"]
-Bucket = tuple[str, int] | None
+Bucket = tuple[tuple[str, int] | None, int]
 
 
 class Importance:
@@ -90,8 +90,14 @@ class Importance:
 
 
 def _bucket(member: Member, across: Across) -> Bucket:
-    """What a member's vector is added to before it is normalised."""
-    return {"per_matrix": member.scored_with, "per_parameter": (member.parameter, member.axis), "none": None}[across]
+    """What a member's vector is added to before it is normalised. Matrices that lie side by side in one tensor, as
+    GPT-2's queries, keys and values do, are told apart by their offsets."""
+    buckets: dict[Across, Bucket] = {
+        "per_matrix": (member.scored_with, member.offset),
+        "per_parameter": ((member.parameter, member.axis), 0),
+        "none": (None, 0),
+    }
+    return buckets[across]
 
 
 def _normalised(vector: Tensor) -> Tensor:

@@ -100,6 +100,11 @@ def _follow_conv1d(module: Conv1D) -> None:
     module.nx, module.nf = module.weight.shape
 
 
+def _follow_convolution(module: nn.Conv1d) -> None:
+    assert module.groups == 1, "each output sees all inputs"
+    module.out_channels, module.in_channels = module.weight.shape[:2]
+
+
 def _follow_embedding(module: nn.Embedding) -> None:
     module.embedding_dim = module.weight.shape[1]
 
@@ -111,6 +116,7 @@ def _follow_norm(module: nn.LayerNorm) -> None:
 _FOLLOWERS: dict[type[nn.Module], Callable[..., None]] = {
     nn.Linear: _follow_linear,
     Conv1D: _follow_conv1d,
+    nn.Conv1d: _follow_convolution,
     nn.Embedding: _follow_embedding,
     nn.LayerNorm: _follow_norm,
 }

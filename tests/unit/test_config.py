@@ -66,7 +66,10 @@ def test_a_value_of_the_command_line_is_blamed_on_the_command_line(recipe: Any) 
     ("text", "names"),
     [
         ("pruning: {start: 0.8, end: 0.5}", "end (0.5) must not be before start (0.8)"),
-        ("teacher: some/model\noptimizer: {warmup: 0.3}", "optimizer.warmup (0.3) ends after pruning.start"),
+        (
+            "teacher: some/model\noptimizer: {warmup: 0.3}\npruning: {target: {ffn: 8}}",
+            "optimizer.warmup (0.3) ends after pruning.start",
+        ),
     ],
 )
 def test_values_that_contradict_each_other_are_both_named(recipe: Any, text: str, names: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from homodistil.config import RunConfig
+from homodistil.config import RunConfig, TargetShape
+from homodistil.errors import ConfigError
 from homodistil.models.shape import Widths
 from homodistil.pruning.ladder import Ladder
 from homodistil.recipe import RECIPES, recipe_names
@@ -55,7 +57,10 @@ def test_a_recipe_explains_every_line_that_sets_a_value(name: str) -> None:
     assert sum("#" in line for line in values) > len(values) / 2
 
 
-@pytest.mark.parametrize("name", [name for name in recipe_names() if RunConfig.load(name).teacher.path])
+PRUNED = [name for name in recipe_names() if RunConfig.load(name).pruning.target != TargetShape()]
+
+
+@pytest.mark.parametrize("name", PRUNED)
 def test_a_recipe_ends_at_a_shape_that_stock_transformers_expresses(name: str) -> None:
     assert ladder(name).rungs[-1].widths.is_stock
 
@@ -69,7 +74,10 @@ def test_a_teacher_made_on_the_way_is_left_where_the_recipe_looks_for_it(name: s
     assert made.data.shards == RunConfig.load(name).data.shards
 
 
-@pytest.mark.parametrize("name", recipe_names())
+ON_TEXT = [name for name in recipe_names() if RunConfig.load(name).task.task.is_language_modeling]
+
+
+@pytest.mark.parametrize("name", ON_TEXT)
 def test_as_many_ranks_as_lanes_can_share_the_global_batch(name: str) -> None:
     data = RunConfig.load(name).data
     assert data.global_batch % data.lanes == 0 and data.lanes % 8 == 0
@@ -90,3 +98,46 @@ def test_a_homobert_has_the_published_size(name: str) -> None:
     millions = parameters(ladder(name).rungs[-1].widths) / 1e6
     assert math.isclose(millions, PUBLISHED_MILLIONS[name], rel_tol=0.02)
     assert millions > PUBLISHED_MILLIONS[name]
+
+
+PUBLISHED = {
+    "mnli": (5, 7500, 7e-5, 64, 3, 256, 1500, 392_702),
+    "qqp": (20, 1000, 6e-5, 64, 8, 256, 5000, 363_846),
+    "qnli": (20, 100, 5e-5, 32, 3, 256, 500, 104_743),
+    "sst2": (20, 20, 4e-5, 32, 6, 256, 0, 67_349),
+    "rte": (20, 50, 6e-5, 16, 6, 256, 0, 2_490),
+    "cola": (0, 10, 6e-5, 32, 6, 256, 0, 8_551),
+    "mrpc": (20, 100, 7e-5, 32, 6, 256, 0, 3_668),
+    "stsb": (20, 50, 1e-4, 16, 6, 128, 100, 5_749),
+    "squad2": (10, 5000, 5e-5, 8, 3, 384, 0, 131_000),
+}
+"""a1, a2, rate, batch, epochs, length, updates of warm-up (SPEC 2.4), and GLUE's training examples."""
+
+
+@pytest.mark.parametrize("task", PUBLISHED)
+def test_ted_on_a_task_has_the_published_settings(task: str) -> None:
+    run = RunConfig.load(f"ted_deberta_{task}")
+    a1, a2, rate, batch, epochs, length, warmup, examples = PUBLISHED[task]
+    assert (run.task.name, run.task.epochs, run.task.max_length) == (task, epochs, length)
+    assert (run.optimizer.learning_rate, run.data.global_batch, run.optimizer.weight_decay) == (rate, batch, 0)
+    objective = run.objective
+    assert (objective.kl.weight, objective.kl.temperature, objective.hidden.weight) == (a1, 2, a2)
+    assert (objective.hidden.aligner, objective.attention.weight) == ("filter", 0)
+    assert run.optimizer.warmup * epochs * examples / batch == pytest.approx(warmup, rel=0.01)
+    assert run.student.dropout == (0.0 if task == "rte" else 0.1)
+    assert run.student.head_dropout == (0.0 if task == "cola" else None)
+
+
+def test_a_recipe_that_extends_another_has_what_it_does_not_say_itself(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("extends: minilm_real\npruning: {target: {ffn: 400}}\n")
+    mine, base = RunConfig.load(str(tmp_path / "mine.yaml")), RunConfig.load("minilm_real")
+    assert (mine.pruning.target.ffn, mine.pruning.target.hidden) == (400, base.pruning.target.hidden)
+    assert (mine.run.name, mine.run.updates) == ("mine", base.run.updates)
+
+
+def test_recipes_that_extend_each_other_are_refused(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.yaml", tmp_path / "other.yaml"
+    one.write_text(f"extends: {other}\n")
+    other.write_text(f"extends: {one}\n")
+    with pytest.raises(ConfigError, match="comes back"):
+        RunConfig.load(str(one))

@@ -63,7 +63,7 @@ def test_losses_and_gradients_are_those_of_the_layers_that_stand_beside_each_oth
     models = [fixtures.bert(seed, attn_implementation=plan.attention) for seed in (1, 0)]
     plan.family.keep_layers(models[0], plan.source)
     student = Student(models[0], plan, plan.full_shape)
-    teacher = FrozenModel(models[1], plan.family)
+    teacher = FrozenModel(models[1], plan.family, plan.compared)
     total, parts = student(as_tuple(rows), teacher(*as_tuple(rows) or ()), rows.counts().vector)
     plain = twin.scaled(cut(fixtures.bert(1)), 12)
     wanted = expected_losses(plain, twin.scaled(fixtures.bert(0), 12))
@@ -71,13 +71,13 @@ def test_losses_and_gradients_are_those_of_the_layers_that_stand_beside_each_oth
         assert parts[name].item() == pytest.approx(value.item(), rel=1e-5), name
     (twin.WEIGHTS["hidden"] * wanted["hidden"] + twin.WEIGHTS["attention"] * wanted["attention"]).backward()
     only = blueprint(SOURCE, MATCHED)
-    for term in ("mlm", "kl"):
+    for term in ("task", "kl"):
         student.objective.weights[term] = 0.0
     total, _ = student(as_tuple(rows), teacher(*as_tuple(rows) or ()), rows.counts().vector)
     total.backward()
     ours = dict(student.model.named_parameters())
     compared = [name for name, parameter in plain.named_parameters() if parameter.grad is not None]
-    assert len(compared) > 20 and only.matched == tuple(MATCHED)
+    assert len(compared) > 20 and only.compared.teacher == tuple(MATCHED)
     for name in compared:
         gradient = dict(plain.named_parameters())[name].grad
         torch.testing.assert_close(ours[name].grad, gradient, rtol=1e-4, atol=1e-7)
@@ -85,7 +85,7 @@ def test_losses_and_gradients_are_those_of_the_layers_that_stand_beside_each_oth
 
 @pytest.mark.parametrize(("layers", "matched"), [(None, (0, 1, 2)), ([0], (2,)), ([0, 1], (0, 2)), ([1, 2], (0, 2))])
 def test_layers_are_compared_evenly_spaced_up_to_the_last(layers: list[int] | None, matched: tuple[int, ...]) -> None:
-    assert blueprint(layers).matched == matched
+    assert blueprint(layers).compared.teacher == matched
 
 
 def test_a_narrowed_student_of_two_layers_is_a_stock_model(tmp_path: Path) -> None:

@@ -14,16 +14,26 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForMaskedLM,
+)
 
 from homodistil.config import RunConfig
 from homodistil.errors import ModelError, ShapeError
 from homodistil.export import export_student, verify_export
 from homodistil.models.bert import BertFamily
+from homodistil.models.gpt2 import Gpt2Family
 from homodistil.models.groups import kept_positions
 from homodistil.models.shape import StudentShape, Widths
+from homodistil.pruning.surgery import narrow
 from homodistil.student import Blueprint
-from tests.fixtures import batch, bert, bert_config, save_bert
+from homodistil.tasks import Kind
+from tests.fixtures import batch, bert, bert_config, gpt2, gpt2_config, save_bert
 from tests.pool import RankPool
 
 FULL = Widths(hidden=72, ffn=136, heads=6, head_width=12)
@@ -135,6 +145,32 @@ def test_provenance_names_teacher_units_and_settings(blueprint: Blueprint, teach
     assert provenance["teacher"]["sha256"] == hashlib.sha256((teacher / "model.safetensors").read_bytes()).hexdigest()
     assert StudentShape.from_dict(provenance["shape"]) == shape
     assert RunConfig.model_validate(provenance["run"]) == blueprint.run
+
+
+@pytest.mark.parametrize(
+    ("kind", "auto", "words"),
+    [
+        ("causal", AutoModelForCausalLM, ("text-generation", "A causal language model of")),
+        ("classification", AutoModelForSequenceClassification, ("text-classification", "A text classifier of")),
+    ],
+)
+def test_an_exported_gpt2_is_a_stock_model_of_its_kind_with_the_students_logits(
+    kind: Kind, auto: Any, words: tuple[str, str], blueprint: Blueprint, teacher: Path, tmp_path: Path
+) -> None:
+    shape, full = shape_of(NARROWER["everything"]), StudentShape.full(3, FULL)
+    family, student, rows = Gpt2Family(kind), gpt2(kind=kind, num_labels=3), batch()
+    narrow(student, kept_positions(family.groups(full), shape.kept))
+    family.configure(student, shape)
+    blueprint = Blueprint(family, gpt2_config(num_labels=3), blueprint.run, "eager")
+    weights = {name: parameter.detach() for name, parameter in student.named_parameters()}
+    directory = export_student(weights, blueprint, shape, tmp_path / "student", teacher)
+    stock = auto.from_pretrained(directory).eval()
+    with torch.no_grad():
+        found, expected = (m(rows.input_ids, attention_mask=rows.attention_mask).logits for m in (stock, student))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    config, card = json.loads((directory / "config.json").read_text()), (directory / "README.md").read_text()
+    assert config["n_inner"] == 55 and "tie_last_hidden_states" not in config
+    assert all(word in card for word in (*words, f"import {auto.__name__}, AutoTokenizer"))
 
 
 def test_a_shape_without_a_stock_config_is_refused_and_nothing_is_written(

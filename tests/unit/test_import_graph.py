@@ -19,8 +19,8 @@ LAYERS = (
     {"ranks", "state", "fragments", "zero", "progress", "metrics", "watchdog", "preemption", "claim"},
     {"models", "kernels"},
     {"knowledge", "objective", "pruning", "data"},
-    {"student", "costs", "machines", "planning", "engine", "manifest", "resume", "checkpoint", "health"},
-    {"opening", "closing", "forecast", "weights", "evaluation", "export", "convert", "report", "train"},
+    {"student", "learner", "costs", "machines", "planning", "engine", "manifest", "resume", "checkpoint", "health"},
+    {"checks", "opening", "closing", "forecast", "weights", "evaluation", "export", "convert", "report", "train"},
     {"cli"},
 )
 """Lowest first: a module imports from its own layer and those before it."""

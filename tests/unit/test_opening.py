@@ -180,7 +180,10 @@ def test_a_teacher_with_a_layer_that_its_config_forgets_is_refused(tmp_path: Pat
         ({"student": {"layers": []}}, ["student.layers", "0 to 2"]),
         ({"student": {"layers": [1, 0]}}, ["student.layers", "in order"]),
         ({"student": {"layers": [1, 1]}}, ["student.layers", "once"]),
-        ({"student": {"layers": [0]}, "knowledge": {"layers": [0, 1]}}, ["knowledge.layers", "found 2", "has 1"]),
+        (
+            {"student": {"layers": [0]}, "knowledge": {"layers": [0, 1]}},
+            ["knowledge.layers", "found 2", "but 1 of the student's"],
+        ),
         ({"knowledge": {"layers": [0, 1, 7]}}, ["knowledge.layers", "0 to 2"]),
     ],
 )
@@ -192,4 +195,4 @@ def test_layers_that_are_not_there_are_refused(
 
 def test_a_student_of_two_layers_is_planned(teacher: Path, shards: Path) -> None:
     plan = opened(teacher, shards, student={"layers": [0, 2]})
-    assert (plan.start.layers, plan.blueprint.matched) == (2, (0, 2))
+    assert (plan.start.layers, plan.blueprint.compared.teacher) == (2, (0, 2))

@@ -17,7 +17,13 @@ from homodistil.recipe import recipe_names
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-SETTINGS = {"pretrain.py": cli.Pretrain, "evaluate.py": cli.Evaluate, "build_shards.py": BuildShards}
+SETTINGS = {
+    "pretrain.py": cli.Pretrain,
+    "learn_filters.py": cli.LearnFilters,
+    "finetune.py": cli.FineTune,
+    "evaluate.py": cli.Evaluate,
+    "build_shards.py": BuildShards,
+}
 
 
 def commands() -> list[str]:
@@ -41,8 +47,10 @@ def test_a_command_of_the_readme_is_one_that_can_be_typed(command: str) -> None:
     settings, flags = flags_of(shlex.split(command))
     given = parse(settings, "program", flags)
     recipe = given.get("recipe")
-    if settings is cli.Pretrain:
-        values = {name: value for name, value in given.items() if name not in {*cli.Launch.model_fields, "recipe"}}
+    if issubclass(settings, cli.Launch):
+        own = settings.model_fields.keys() - RunConfig.model_fields.keys()
+        values = {name: value for name, value in given.items() if name not in {*own, "recipe"}}
+        recipe = recipe or ("finetune" if settings is cli.FineTune else "quickstart")
         assert RunConfig.load(recipe, values)
         assert (ROOT / given.get("ds_config", "ds_configs/zero2.json")).is_file()
     else:
@@ -64,5 +72,5 @@ def test_a_path_of_the_readme_exists(name: str) -> None:
 def test_every_recipe_is_in_the_readme_or_made_on_the_way_by_one_that_is() -> None:
     on_the_way = {RunConfig.load(name).teacher.recipe for name in recipe_names()}
     for name in set(recipe_names()) - on_the_way:
-        size = name.removeprefix("homobert")
-        assert f"`{name}`" in TEXT or f"`{size}`" in TEXT
+        short = name.removeprefix("homobert").removeprefix("ted_deberta")
+        assert f"`{name}`" in TEXT or f"`{short}`" in TEXT

@@ -15,10 +15,10 @@ from tests.unit.test_summary import FIGURES
 
 POINTS = [
     {"update": 0, "shape/hidden": 72, "shape/ffn": 136},
-    {"update": 10, "loss/total": 3.0, "loss/mlm": 3.0, "loss/kl": 0.0},
+    {"update": 10, "loss/total": 3.0, "loss/task": 3.0, "loss/kl": 0.0},
     {"update": 10, "pruning/prune_jump": 0.125},
     {"update": 10, "shape/hidden": 48, "shape/ffn": 96},
-    {"update": 20, "loss/total": None, "loss/mlm": 2.5, "loss/kl": 0.2},
+    {"update": 20, "loss/total": None, "loss/task": 2.5, "loss/kl": 0.2},
     {"update": 20, "validation/kl": 0.625},
 ]
 
@@ -46,9 +46,9 @@ def test_the_figure_draws_the_logged_points(run: Path) -> None:
     top, middle, bottom = draw(curves).axes
     assert np.array_equal(top.lines[0].get_xydata(), [[20, 0.625]])
     assert np.array_equal(middle.lines[0].get_xydata(), np.array([[0, 1], [10, 48 / 72], [20, 48 / 72]]))
-    assert [line.get_label() for line in bottom.lines] == ["mlm", "kl"]
+    assert [line.get_label() for line in bottom.lines] == ["task", "kl"]
 
 
 def test_plain_training_has_a_report_too(run: Path) -> None:
-    (run / "metrics.jsonl").write_text(json.dumps({"update": 10, "loss/total": 3.0, "loss/mlm": 3.0}) + "\n")
+    (run / "metrics.jsonl").write_text(json.dumps({"update": 10, "loss/total": 3.0, "loss/task": 3.0}) + "\n")
     assert write_report(run).is_file()

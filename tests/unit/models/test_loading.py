@@ -13,7 +13,7 @@ from transformers import BertForMaskedLM
 from homodistil.errors import ConfigError, ModelError, ShapeError
 from homodistil.models import family_of
 from homodistil.models.groups import kept_positions
-from homodistil.models.loading import bert_config, load_model, materialise, model_hash, new_model, skeleton
+from homodistil.models.loading import load_model, materialise, model_hash, new_config, new_model, skeleton
 from homodistil.models.shape import StudentShape, Widths
 from homodistil.pruning.surgery import narrow
 from tests.fixtures import batch, bert, save_bert
@@ -108,7 +108,7 @@ def test_the_hash_follows_the_weights_alone(directory: Path) -> None:
 
 
 def test_a_recipe_makes_a_bert_of_its_tokenizers_vocabulary() -> None:
-    config = bert_config({"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 1}, vocab_size=101)
+    config = new_config({"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 1}, vocab_size=101)
     torch.manual_seed(3)
     first = new_model(config)
     torch.manual_seed(3)
@@ -127,12 +127,12 @@ def test_a_recipe_makes_a_bert_of_its_tokenizers_vocabulary() -> None:
 )
 def test_a_wrong_student_config_is_refused_by_key(fields: dict[str, object], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
-        bert_config(fields, vocab_size=101)
+        new_config(fields, vocab_size=101)
 
 
 def test_a_student_config_with_uneven_heads_is_refused() -> None:
     with pytest.raises(ShapeError, match=r"28 \(4 x 7\) or 24 \(4 x 6\)"):
-        bert_config({"hidden_size": 26, "num_attention_heads": 4}, vocab_size=101)
+        new_config({"hidden_size": 26, "num_attention_heads": 4}, vocab_size=101)
 
 
 def test_a_skeleton_narrowed_on_the_meta_device_and_filled_is_the_narrowed_model() -> None:

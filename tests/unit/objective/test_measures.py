@@ -29,8 +29,8 @@ def test_means_are_per_slot_that_has_a_target() -> None:
     labels = [int(rows.labels[b, s]) for b, s in slots]
     found = Measures.of(measure(student, teacher, rows))
     for p, loss, accuracy in (
-        (p_s, found.student_mlm_loss, found.student_mlm_accuracy),
-        (p_t, found.teacher_mlm_loss, found.teacher_mlm_accuracy),
+        (p_s, found.student_loss, found.student_accuracy),
+        (p_t, found.teacher_loss, found.teacher_accuracy),
     ):
         assert loss == pytest.approx(sum(-math.log(q[y]) for q, y in zip(p, labels, strict=True)) / len(slots))
         hits = sum(q.index(max(q)) == y for q, y in zip(p, labels, strict=True))
@@ -45,7 +45,7 @@ def test_a_model_that_is_right_everywhere_has_accuracy_one() -> None:
     student = signals(rows, TEACHER, 0)
     with torch.no_grad():
         student.logits.scatter_(-1, rows.labels[..., None], 100.0)
-    assert Measures.of(measure(student, None, rows)).student_mlm_accuracy == 1
+    assert Measures.of(measure(student, None, rows)).student_accuracy == 1
 
 
 def test_sums_of_single_sequences_add_up_to_those_of_the_batch() -> None:
@@ -63,5 +63,5 @@ def test_sums_of_single_sequences_add_up_to_those_of_the_batch() -> None:
 def test_without_a_teacher_its_measures_are_absent() -> None:
     rows = _batch()
     found = Measures.of(measure(signals(rows, TEACHER, 0), None, rows))
-    assert (found.teacher_mlm_loss, found.teacher_mlm_accuracy, found.kl) == (None, None, None)
-    assert found.student_mlm_loss > 0
+    assert (found.teacher_loss, found.teacher_accuracy, found.kl) == (None, None, None)
+    assert found.student_loss > 0

@@ -34,7 +34,8 @@ FORMS_AND_GRAMS = pytest.mark.parametrize(
     [(form, gram) for form in ("scores", "scores_centred") for gram in ("off", "auto", "on")]
     + [("probabilities", "auto")],
 )
-WEIGHTS = {"mlm": 1.0, "kl": 0.7, "hidden": 0.3, "attention": 0.2}
+CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+WEIGHTS = {"task": 1.0, "kl": 0.7, "hidden": 0.3, "attention": 0.2}
 
 
 def _batch(sequences: int = 5, tokens: int = 9) -> Batch:
@@ -59,8 +60,11 @@ def _losses(
     return Objective(config, shape, performance)(student, teacher, rows, counts, _aligners(config, shape))
 
 
-def _twin(student: Signals, teacher: Signals, batch: Batch, shape: StudentShape, form: str) -> dict[str, Tensor]:
-    """All terms at T = 2 with indexed hidden states, unpadded sequence by sequence, head by head."""
+def _twin(
+    student: Signals, teacher: Signals, batch: Batch, shape: StudentShape, form: str, causal: bool = False
+) -> dict[str, Tensor]:
+    """All terms at T = 2 with indexed hidden states, unpadded sequence by sequence, head by head; of a causal model,
+    query by query besides."""
     lengths = batch.attention_mask.sum(dim=1).tolist()
     zero = torch.zeros((), dtype=torch.float64)
     mlm, kl, hidden, attention = zero, zero, zero, zero
@@ -78,17 +82,53 @@ def _twin(student: Signals, teacher: Signals, batch: Batch, shape: StudentShape,
                 for of, number in ((student, position), (teacher, head)):
                     query, key = (states[b, number, :n] for states in of.queries_keys[layer])
                     scores = SCALE * query @ key.T
-                    if form == "scores_centred":
-                        scores = scores - scores.mean(dim=1, keepdim=True)
-                    maps.append(scores.softmax(dim=1) if form == "probabilities" else scores)
-                attention = attention + (maps[0] - maps[1]).pow(2).sum()
-    slots, tokens, pairs = batch.weights.sum(), sum(lengths), sum(n * n for n in lengths)
+                    maps.append([_seen(row[: i + 1 if causal else n], form) for i, row in enumerate(scores)])
+                attention = attention + sum((ours - theirs).pow(2).sum() for ours, theirs in zip(*maps, strict=True))
+    slots, tokens = batch.weights.sum(), sum(lengths)
+    pairs = sum(n * (n + 1) / 2 if causal else n * n for n in lengths)
     return {
-        "mlm": mlm / slots,
+        "task": mlm / slots,
         "kl": kl / slots,
         "hidden": hidden / tokens / (LAYERS + 1),
         "attention": attention / pairs / LAYERS / shape.widths.heads,
     }
+
+
+def _seen(scores: Tensor, form: str) -> Tensor:
+    """What is compared of the scores that a query gives the keys it sees."""
+    if form == "scores_centred":
+        return scores - scores.mean()
+    return scores.softmax(dim=0) if form == "probabilities" else scores
+
+
+@FORMS
+@pytest.mark.parametrize("shape", [FULL, narrow_shape()], ids=["full", "narrow"])
+def test_a_causal_models_attention_is_compared_up_to_the_diagonal(form: str, shape: StudentShape) -> None:
+    rows, config = _batch(), _config(form, task=0, kl=0, hidden=0, attention=1)
+    student, teacher = signals(rows, shape.widths, seed=0), signals(rows, TEACHER, seed=1)
+    objective = Objective(config, shape, PerformanceConfig(), causal=True)
+    found = objective(student, teacher, rows, rows.counts(), _aligners(config, shape)).total
+    expected = _twin(student, teacher, rows, shape, form, causal=True)["attention"]
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=0)
+    wanted = [states for layer in student.queries_keys for states in layer]
+    for ours, theirs in zip(*(torch.autograd.grad(loss, wanted) for loss in (found, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
+
+
+def test_each_hidden_state_is_compared_in_units_of_its_variance() -> None:
+    rows, config = _batch(), _config(task=0, kl=0, hidden=1, attention=0)
+    student, teacher = signals(rows, TEACHER, seed=0), signals(rows, TEACHER, seed=1)
+    variances = [0.5, 3.0, 40.0]
+    objective = Objective(config, FULL, PerformanceConfig(), hidden_variances=variances)
+    found = objective(student, teacher, rows, rows.counts(), _aligners(config, FULL)).total
+    real = rows.attention_mask.bool()
+    expected = torch.stack(
+        [
+            (ours - theirs)[real].square().mean() / variance
+            for ours, theirs, variance in zip(student.hidden_states, teacher.hidden_states, variances, strict=True)
+        ]
+    ).mean()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
 @FORMS_AND_GRAMS
@@ -111,12 +151,14 @@ def test_values_and_gradients_equal_the_walked_twin(form: str, gram: str, fused:
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
 
 
+@CAUSAL
 @FORMS
-def test_a_padded_batch_gives_the_losses_of_its_unpadded_sequences_alone(form: str) -> None:
+def test_a_padded_batch_gives_the_losses_of_its_unpadded_sequences_alone(form: str, causal: bool) -> None:
     rows, config, shape = _batch(), _config(form, "projection"), narrow_shape()
     assert (rows.attention_mask == 0).any()
     student, teacher = signals(rows, shape.widths, seed=0), signals(rows, TEACHER, seed=1)
-    objective, aligners, counts = Objective(config, shape, PerformanceConfig()), _aligners(config, shape), rows.counts()
+    objective = Objective(config, shape, PerformanceConfig(), causal=causal)
+    aligners, counts = _aligners(config, shape), rows.counts()
     together = objective(student, teacher, rows, counts, aligners).parts
     alone: dict[str, Tensor] = {}
     for row in range(len(rows)):
@@ -160,21 +202,21 @@ def test_a_student_equal_to_its_teacher_has_no_loss_but_mlm_whatever_the_aligner
         aligners = build_aligners(config.hidden, FULL, LAYERS + 1)
         parts = Objective(config, FULL, PerformanceConfig())(same, same, rows, rows.counts(), aligners).parts
         assert [parts[name].item() for name in ("kl", "hidden", "attention")] == [0, 0, 0]
-        assert parts["mlm"].item() > 0
+        assert parts["task"].item() > 0
 
 
 def test_a_term_of_weight_zero_is_not_computed() -> None:
     rows = _batch()
     losses = _losses(_config(hidden=0.0, kl=0.0), "auto", FULL, rows, rows.counts())
-    assert losses.parts.keys() == {"mlm", "attention"}
+    assert losses.parts.keys() == {"task", "attention"}
 
 
 def test_without_a_teacher_only_mlm_is_computed() -> None:
     rows = _batch()
     student = signals(rows, TEACHER, seed=0)
     losses = Objective(_config(), FULL, PerformanceConfig())(student, None, rows, rows.counts(), nn.ModuleList())
-    assert losses.parts.keys() == {"mlm"}
-    assert losses.total.item() == losses.parts["mlm"].item()
+    assert losses.parts.keys() == {"task"}
+    assert losses.total.item() == losses.parts["task"].item()
 
 
 def test_only_the_total_carries_gradients() -> None:
@@ -217,7 +259,7 @@ def test_a_batch_without_any_target_adds_nothing_and_stays_finite() -> None:
     rows = _batch()
     empty = Batch(**{**vars(rows), "weights": torch.zeros_like(rows.weights)})
     parts = _losses(_config(), "auto", FULL, empty, empty.counts()).parts
-    assert parts["mlm"].item() == 0 == parts["kl"].item()
+    assert parts["task"].item() == 0 == parts["kl"].item()
 
 
 def test_a_gram_form_of_probabilities_is_refused() -> None:
@@ -225,9 +267,14 @@ def test_a_gram_form_of_probabilities_is_refused() -> None:
         Objective(_config("probabilities"), FULL, PerformanceConfig(gram_attention="on"))
 
 
+def test_a_gram_form_of_a_causal_models_scores_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"performance\.gram_attention: found on.*causal.*auto"):
+        Objective(_config(), FULL, PerformanceConfig(gram_attention="on"), causal=True)
+
+
 def test_an_objective_without_terms_is_refused() -> None:
     rows = _batch()
     with pytest.raises(ConfigError, match="weight 0"):
-        Objective(_config(mlm=0.0), FULL, PerformanceConfig())(
+        Objective(_config(task=0.0), FULL, PerformanceConfig())(
             signals(rows, TEACHER, 0), None, rows, rows.counts(), build_aligners(HiddenTerm(), FULL, 3)
         )
