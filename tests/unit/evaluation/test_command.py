@@ -81,7 +81,9 @@ def test_figures_are_kept_as_json_with_what_was_measured(here: Path, tmp_path: P
     file = tmp_path / "figures.json"
     shown = printed(capsys, f"--task perplexity --model gpt2 --data.path text.txt --output {file}")
     kept = json.loads(file.read_text(encoding="utf-8"))
-    assert (kept["task"], kept["model"], kept["data"]) == ("perplexity", "gpt2", "text.txt")
+    assert (kept["task"], kept["model"], kept["data.path"]) == ("perplexity", "gpt2", "text.txt")
+    assert kept["perplexity.detokenize"] is False
+    assert "data.shards" not in kept
     assert f"{kept['word_perplexity']:,.4f}" == shown["word_perplexity"]
     assert "Words are those of the source" in kept["convention"]
 
