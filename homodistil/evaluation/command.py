@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import Field
 from pydantic_settings import CliImplicitFlag
@@ -80,7 +80,7 @@ class Evaluate(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward pass."""
     output: Path | None = None
-    """Write the figures to this JSON file as well."""
+    """Write the figures, and the flags behind them, to this JSON file as well."""
     predictions: Path | None = None
     """Write a benchmark's predictions to this file."""
 
@@ -95,9 +95,9 @@ def measure(options: Evaluate) -> None:
     scores = MEASURES[options.task].run(options)
     print(table(scores))
     if options.output:
-        given = options.model_dump(mode="json", include={"task", "model", "dtype"})
-        given["data"] = str(options.data.shards or options.data.path)
-        write_text_durably(options.output, json.dumps({**given, **scores}, indent=1) + "\n")
+        flags = _flags(options)
+        used = {name: flags[name] for name in ("task", "model", "dtype", *MEASURES[options.task].flags)}
+        write_text_durably(options.output, json.dumps({**used, **scores}, indent=1) + "\n")
 
 
 def table(scores: Scores) -> str:
@@ -209,7 +209,7 @@ MEASURES: dict[str, Measure] = {
 def check(options: Evaluate) -> None:
     """Raises `ConfigError` for flags that don't go together, and for files and folders that aren't there."""
     here = MEASURES[options.task]
-    for flag, value in _given(options).items():
+    for flag, value in _flags(options, given=True).items():
         having = [task for task, one in MEASURES.items() if flag in one.flags]
         if having and flag not in here.flags:
             raise ConfigError(
@@ -222,14 +222,12 @@ def check(options: Evaluate) -> None:
     _check_paths(options)
 
 
-def _given(options: Evaluate) -> dict[str, object]:
-    """Dotted name -> value of every flag of the command line."""
-    given = {name: getattr(options, name) for name in sorted(options.model_fields_set)}
-    for name, section in [*given.items()]:
-        if isinstance(section, Section):
-            del given[name]
-            given |= {f"{name}.{key}": getattr(section, key) for key in sorted(section.model_fields_set)}
-    return given
+def _flags(options: Evaluate, given: bool = False) -> dict[str, Any]:
+    """Dotted name -> value of every flag, or of those that were given."""
+    flags: dict[str, Any] = {}
+    for name, value in options.model_dump(mode="json", exclude_unset=given).items():
+        flags |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return flags
 
 
 def _check_paths(options: Evaluate) -> None:

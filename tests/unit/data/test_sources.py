@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from homodistil.data.embedded import embedded_documents, prose
-from homodistil.data.sources import Document, clean, documents
+from homodistil.data.sources import Document, clean, documents, verbatim
 from homodistil.errors import DataError
 
 TEXTS = ["One paragraph.\nAnother é.", "A second document."]
@@ -61,6 +61,16 @@ def test_a_folder_is_read_in_order_and_counted_by_the_folders_in_it(tmp_path: Pa
         (tmp_path / "text" / folder / "notes.md").write_text("not a source")
     found = [(document.source, document.text) for document in documents([str(tmp_path / "text")])]
     assert found == [("text/books", "c.txt"), ("text/wiki", "a.txt"), ("text/wiki", "b.txt")]
+
+
+def test_verbatim_text_is_a_whole_file_or_a_whole_row_with_nothing_cleaned(tmp_path: Path) -> None:
+    texts = [" = Title = \n \n two  spaces\tand a tab \n\n", "no end of line"]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    assert list(verbatim(str(tmp_path / "0.txt"))) == texts[:1]
+    assert list(verbatim(str(tmp_path / "rows.jsonl"))) == texts
+    assert list(verbatim(str(tmp_path))) == texts + texts
 
 
 def test_a_hugging_face_dataset_is_streamed_by_name(tmp_path: Path) -> None:
