@@ -143,7 +143,7 @@ def check_alignment(blueprint: Blueprint) -> None:
         return
     if term.weight > 0 and term.aligner == "indexed":
         raise ConfigError(
-            f"objective.hidden.aligner: indexed, but the student starts as {run.student.path}, whose dimensions are "
+            f"objective.hidden.aligner: indexed, but the student starts as student.path {run.student.path}, whose dimensions are "
             "none of the teacher's. Set it to projection or filter."
         )
     is_identity = term.aligner == "projection" and term.projection_init == "identity"

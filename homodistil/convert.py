@@ -16,16 +16,15 @@ from torch import Tensor
 
 from homodistil.config import RunConfig
 from homodistil.data.shards import ShardIndex
+from homodistil.data.tokenizer import open_tokenizer, tokenizer_hash
 from homodistil.errors import CheckpointError
 from homodistil.export import export_student
 from homodistil.files import write_durably, write_text_durably
 from homodistil.fragments import SavedState
 from homodistil.manifest import Manifest
-from homodistil.models import family_of
-from homodistil.models.attention import attention_implementation
-from homodistil.opening import original_config
+from homodistil.opening import draw_blueprint, tokenizer_directory
 from homodistil.state import MASTER, Range
-from homodistil.student import MODEL, Blueprint
+from homodistil.student import MODEL
 
 
 def to_huggingface(checkpoint: Path, output: Path, teacher: str | None = None, shards: Path | None = None) -> Path:
@@ -37,10 +36,13 @@ def to_huggingface(checkpoint: Path, output: Path, teacher: str | None = None, s
     manifest = _whole(checkpoint)
     run = RunConfig.model_validate(manifest.run)
     run.teacher.path, run.data.shards = teacher or run.teacher.path, shards or run.data.shards
-    index = ShardIndex.load(run.data.shards, check_files=False)
-    config = original_config(run, index.vocab_size)
-    blueprint = Blueprint(family_of(config), config, run, attention_implementation(run.performance.attention))
-    found = {"tokenizer": index.tokenizer_sha256, "architecture": blueprint.architecture_sha256}
+    if run.filters.of is not None:
+        raise CheckpointError(
+            f"{checkpoint}: its run learned filters, which are no model. Finish the run to have them."
+        )
+    tokenizer, vocab_size = _tokenizer(run)
+    blueprint = draw_blueprint(run, vocab_size)
+    found = {"tokenizer": tokenizer_hash(tokenizer), "architecture": blueprint.architecture_sha256}
     for what, digest in found.items():
         if digest != manifest.identity[what]:
             raise CheckpointError(
@@ -48,7 +50,16 @@ def to_huggingface(checkpoint: Path, output: Path, teacher: str | None = None, s
                 f"{run.data.shards} have now. Give --teacher and --shards where the run's own lie."
             )
     weights = model_weights(manifest.saved_state(checkpoint))
-    return export_student(weights, blueprint, manifest.student_shape, output, run.data.shards / index.tokenizer_name)
+    return export_student(weights, blueprint, manifest.student_shape, output, tokenizer)
+
+
+def _tokenizer(run: RunConfig) -> tuple[Path, int]:
+    """Where a run's tokenizer lies, and the vocabulary's size for a model that is made from nothing."""
+    if not run.task.task.is_language_modeling:
+        folder = tokenizer_directory(run)
+        return folder, len(open_tokenizer(folder))
+    index = ShardIndex.load(run.data.shards, check_files=False)
+    return run.data.shards / index.tokenizer_name, index.vocab_size
 
 
 def to_deepspeed(checkpoint: Path, output: Path) -> Path:

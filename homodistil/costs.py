@@ -24,6 +24,7 @@ from homodistil.models.attention import attention_implementation, register
 from homodistil.models.loading import skeleton
 from homodistil.models.shape import Widths
 from homodistil.student import Blueprint, Student, as_tuple
+from homodistil.tasks import Kind
 
 VIEWS = {"_unsafe_view", "_reshape_alias"}
 """Views that the schema does not mark as such."""
@@ -66,11 +67,11 @@ def micro_batch_cost(
     attention = attention_implementation("eager") if maps else register("homodistil_counted", _one_kernel)
     blueprint, family = replace(blueprint, attention=attention), blueprint.family
     student = _on_meta(Student.unfilled(blueprint, blueprint.full_shape.first(widths)), dtype).train()
-    slots = length - 1 if family.kind == "causal" else round(blueprint.run.data.mask_probability * length)
-    rows = _full_batch(sequences, length, slots)
+    rows = _full_batch(sequences, length, _slots(blueprint, length))
     teacher = None
     if blueprint.run.teacher.path is not None:
-        teacher = _on_meta(FrozenModel(skeleton(blueprint.config, attention, family.kind), family), dtype)
+        whole = skeleton(blueprint.teacher_config, attention, family.kind)
+        teacher = _on_meta(FrozenModel(whole, family, blueprint.compared), dtype)
     for parameter in student.parameters():  # ZeRO takes a gradient as soon as it is there
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
     with FlopCounterMode(display=False) as products, _Counter() as counter:
@@ -143,6 +144,13 @@ def _on_meta(module: Any, dtype: torch.dtype) -> Any:
     module = module.to("meta").to(dtype)
     module.model.tie_weights()  # moving to the meta device made two of one
     return module
+
+
+def _slots(blueprint: Blueprint, length: int) -> int:
+    """Scored slots of a sequence."""
+    masked = round(blueprint.run.data.mask_probability * length)
+    slots: dict[Kind, int] = {"masked": masked, "causal": length - 1, "classification": 1, "regression": 1, "span": 2}
+    return slots[blueprint.family.kind]
 
 
 def _drop_gradient(parameter: Tensor) -> None:

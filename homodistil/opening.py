@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ from homodistil.ranks import Ranks
 from homodistil.resume import RunState, resume
 from homodistil.student import Blueprint
 from homodistil.summary import FILE as SUMMARY
-from homodistil.tasks import Task
+from homodistil.tasks import LanguageTask, Task
 
 
 def provide_data(run: RunConfig, ranks: Ranks) -> Source:
@@ -51,9 +52,9 @@ def provide_data(run: RunConfig, ranks: Ranks) -> Source:
     if not run.task.task.is_language_modeling:
         return TaskData.open(run.task, tokenizer_directory(run))
     data = run.data
-    source = data.source
+    source, task = data.source, cast(LanguageTask, run.task.name)
     if source and not ranks.broadcast((data.shards / "index.json").is_file()):
-        ranks.once(lambda: build_shards(source, data.shards, shards=data.lanes, progress=True))
+        ranks.once(lambda: build_shards(source, data.shards, task=task, shards=data.lanes, progress=True))
     return ShardIndex.load(data.shards, check_files=data.on_bad_shard == "stop")  # else whoever reads a bad one says so
 
 

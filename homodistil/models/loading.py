@@ -139,9 +139,16 @@ def load_config(path: str | Path, task: Task = TASKS["mlm"]) -> PretrainedConfig
 
 
 def for_task(config: PretrainedConfig, task: Task) -> PretrainedConfig:
-    """The config with a task's labels, in place; as it is for language modelling and spans."""
+    """The config with a task's labels, in place; as it is for language modelling and spans. Raises `ModelError` for one
+    that has them in another order."""
     if task.kind in ("classification", "regression"):
         names = task.classes or ("score",)
+        found = [name for _, name in sorted((config.id2label or {}).items())]
+        if sorted(found) == sorted(names) and found != list(names):
+            raise ModelError(
+                f"{config._name_or_path}: config.json's labels are {found}, but those of {task.name} are numbered as "
+                f"{list(names)} here. Use a model with this order."
+            )
         config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
         config.problem_type = "regression" if task.kind == "regression" else "single_label_classification"
     return config
