@@ -143,8 +143,8 @@ def check_alignment(blueprint: Blueprint) -> None:
         return
     if term.weight > 0 and term.aligner == "indexed":
         raise ConfigError(
-            f"objective.hidden.aligner: indexed, but the student starts as student.path {run.student.path}, whose dimensions are "
-            "none of the teacher's. Set it to projection or filter."
+            f"objective.hidden.aligner: indexed, but the student starts as student.path {run.student.path}, whose "
+            "dimensions are none of the teacher's. Set it to projection or filter."
         )
     is_identity = term.aligner == "projection" and term.projection_init == "identity"
     if term.weight > 0 and is_identity and own.hidden != other.hidden:
