@@ -23,6 +23,8 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 CONTINUATION = "##"
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
 """How the names of GPT-2's files end."""
+WORD_START = "\u2581"
+"""What SentencePiece writes for the space before a word: its pieces say where a word begins, WordPiece's where not."""
 ROLES = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
 END_OF_TEXT = "<|endoftext|>"
 GPT2_ROLES = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END_OF_TEXT)
@@ -173,7 +175,11 @@ def vocabulary_hash(tokenizer: PreTrainedTokenizerFast) -> str:
 
 def continuation_pieces(path: Path, vocab_size: int) -> NDArray[np.bool_]:
     """(vocab_size,) of whether a piece continues the word of the piece before it."""
+    tokenizer = open_tokenizer(path)
+    pieces = tokenizer.get_vocab()
+    marks_starts = any(piece.startswith(WORD_START) for piece in pieces)
     continues = np.zeros(vocab_size, dtype=np.bool_)
-    for piece, number in open_tokenizer(path).get_vocab().items():
-        continues[number] = piece.startswith(CONTINUATION)
+    for piece, number in pieces.items():
+        continues[number] = not piece.startswith(WORD_START) if marks_starts else piece.startswith(CONTINUATION)
+    continues[tokenizer.all_special_ids] = False
     return continues

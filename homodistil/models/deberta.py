@@ -193,7 +193,8 @@ class DebertaFamily:
     def signals(self, model: PreTrainedModel, batch: Batch) -> Signals:
         """One forward pass. Queries and keys are those of contents.
 
-        Modules are called and their parameters never read here, so that ZeRO-3 gathers them in time.
+        Stock code reads two tables past the modules that own them, the relative positions and, in a head that is not
+        a legacy one, the words: ZeRO-3 gathers these when they are asked for.
         """
         adopt(model)
         outputs = model.base_model(

@@ -1,7 +1,7 @@
 """DeBERTa's attention, written for distilling: queries and keys come out, and a narrowed head keeps its scale.
 
-Stock DeBERTa has no attention interface, and scales by its own head width inside its forward. So `adopt` makes its
-modules ours in place: same parameters and names, another forward. Which models are adopted is the family's affair.
+Stock DeBERTa has no attention interface, and scales by its own head width inside its forward. So `adopt` makes that
+module ours in place: same parameters and names, another forward. Which models are adopted is the family's affair.
 """
 
 # B sequences, A heads, T tokens, d head width, D hidden width, S reach of relative positions
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Encoder, DisentangledSelfAttention
+from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
 
 POSITIONS = ("c2p", "p2c")
 """Scores besides content to content: of a query's content and a key's relative position, and the reverse."""
@@ -72,32 +72,13 @@ class DistilledAttention(DisentangledSelfAttention):
         return scores
 
 
-class DistilledEncoder(DebertaV2Encoder):
-    """A stock encoder that asks a module for its relative positions, where stock code reads a parameter."""
-
-    def get_rel_embedding(self) -> Tensor:
-        positions: Tensor = self.rel_embeddings()
-        return self.LayerNorm(positions) if "layer_norm" in self.norm_rel_ebd else positions
-
-
-class RelativePositions(nn.Embedding):
-    """A table that is always wanted whole. ZeRO-3 has gathered it here, and takes it back right after: so a copy."""
-
-    def forward(self) -> Tensor:  # type: ignore[override]
-        """(2S, D)."""
-        return self.weight.clone()
-
-
 def adopt(model: nn.Module) -> None:
-    """Make a stock model's attention and encoder ours, in place; once is enough, and twice changes nothing."""
+    """Make a stock model's attention ours, in place; once is enough, and twice changes nothing."""
     modules: Iterator[Any] = model.modules()
     for module in modules:
         if type(module) is DisentangledSelfAttention:
             module.__class__ = DistilledAttention
             module.original_head_width = module.attention_head_size
-        elif type(module) is DebertaV2Encoder:
-            module.__class__ = DistilledEncoder
-            module.rel_embeddings.__class__ = RelativePositions
 
 
 def attentions(model: nn.Module) -> Iterator[DistilledAttention]:
