@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
@@ -145,6 +145,11 @@ class Metrics:
     def validation(self, update: int, measures: Mapping[str, float | None]) -> None:
         """Log held-out figures; what is None, for want of a teacher, is left out."""
         self._write(update, {f"validation/{name}": value for name, value in measures.items() if value is not None})
+
+    def knowledge(self, update: int, variances: Sequence[float]) -> None:
+        """Log the variance of each of the teacher's states that the student's are compared with, the first first."""
+        if variances:
+            self._write(update, {f"knowledge/variance_{k:02d}": value for k, value in enumerate(variances)})
 
     def shape(self, update: int, widths: Mapping[str, int], parameters: int) -> None:
         """Log the student's widths (hidden, ffn, heads, head_width) and its size."""

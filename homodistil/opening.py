@@ -195,6 +195,8 @@ class Training:
     health: Health
     metrics: Metrics
     held_out: list[Batch]
+    hidden_variances: tuple[float, ...]
+    """Of each of the teacher's compared states: what the right weight of the hidden term depends on."""
     validation: Measures | None = None
     """Of the latest held-out measurement."""
 
@@ -209,8 +211,8 @@ def open_training(plan: Plan, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> Trai
     stream = open_stream(plan, ranks, state.bad_shards)
     held_out = stream.validation(run.validation.sequences, run.data.micro_batch)
     teacher = open_teacher(plan, teacher_ds, ranks)
-    if teacher and plan.family.pre_norm and run.objective.hidden.weight > 0:
-        variances = hidden_variances(teacher, held_out, ranks)
+    variances = hidden_variances(teacher, held_out, ranks) if teacher and run.objective.hidden.weight > 0 else ()
+    if plan.family.pre_norm and variances:
         plan = replace(plan, blueprint=replace(plan.blueprint, hidden_variances=variances))
     student = open_student(plan, state, ranks)
     checkpoints = Checkpoints(run, identity, ranks, state.update)
@@ -231,6 +233,7 @@ def open_training(plan: Plan, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> Trai
         health=Health(run.health, ranks, state.progress.skipped_in_a_row),
         metrics=Metrics(run, ranks, peak_flops, state.update, state.progress, student.loss_weights),
         held_out=held_out,
+        hidden_variances=variances,
     )
 
 

@@ -53,6 +53,7 @@ def train(plan: Plan, teacher_ds_config: DeepSpeedConfig, ranks: Ranks) -> RunSu
         training = open_training(plan, teacher_ds_config, ranks)
         with training.metrics as metrics:
             metrics.shape(training.update, vars(training.student.shape.widths), training.student.parameters)
+            training.metrics.knowledge(training.update, training.hidden_variances)
             validate(training)  # before the first update the student is the teacher: KL is 0
             stop = distil(training, preemption, watchdog)
             if stop:
