@@ -5,6 +5,7 @@ A step whose result lies there already is not run again, so that a study that wa
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -33,7 +34,7 @@ class Step:
 def carry_out(steps: list[Step], logs: Path, parallel: int, title: str) -> None:
     """Run what has no result yet, each step when all that it needs are done; stops after the first that fails."""
     logs.mkdir(parents=True, exist_ok=True)
-    done = {step.name for step in steps if step.result.exists()}
+    done = {step.name for step in steps if is_done(step.result)}
     running: dict[Future[None], Step] = {}
     with (
         ThreadPoolExecutor(max_workers=parallel) as pool,
@@ -52,6 +53,13 @@ def carry_out(steps: list[Step], logs: Path, parallel: int, title: str) -> None:
                 bar.update()
 
 
+def is_done(result: Path) -> bool:
+    """Whether a step left its result, and was not stopped before its end."""
+    if not result.exists() or result.name != "summary.json":
+        return result.exists()
+    return json.loads(result.read_text(encoding="utf-8"))["exit_status"] == 0
+
+
 def circumstances() -> dict[str, Any]:
     """When, from which commit and on what."""
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
@@ -66,6 +74,6 @@ def _run(step: Step, logs: Path, parallel: int) -> None:
     with log.open("w", encoding="utf-8") as file:
         command = [sys.executable, f"launchers/{step.script}.py", *step.flags]
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
-    if code or not step.result.exists():
+    if code or not is_done(step.result):
         tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
         raise SystemExit(f"{step.name} failed with exit code {code}; {log} ends with:\n{tail}")

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.steps import Step, carry_out, circumstances
+from benchmarks.steps import Step, carry_out, circumstances, is_done
 
 RECIPES = {"mlm": "ted_mlm", "gpt2": "ted_tiny_gpt2"}
 ARMS = ("continued", "kd", "lwd", "ted", "kd+", "lwd+")
@@ -52,7 +52,7 @@ def main() -> None:
         carry_out([step for steps in planned.values() for step in steps], RUNS / "logs", options.parallel, "TED, text")
     finally:
         for study, of_study in planned.items():
-            if all(step.result.exists() for step in of_study):
+            if all(is_done(step.result) for step in of_study):
                 rows[study] = collected(study) | circumstances()
         options.rows.parent.mkdir(parents=True, exist_ok=True)
         options.rows.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -76,7 +76,7 @@ def steps(study: str, shared: Path, shards: str | None) -> list[Step]:
         flags = ["--recipe", "tiny_gpt2", *common[2:], "--run.name", "teacher"]
         planned.append(Step("gpt2/teacher", "pretrain", flags, folder / "teacher/summary.json"))
         made = ["teacher"]
-    alone = ["--teacher.path", "none", "--run.updates", str(UPDATES), "--student.path"]
+    alone = ["--student.dropout", "0", "--teacher.path", "none", "--run.updates", str(UPDATES), "--student.path"]
     run("start", made, *alone, teacher, "--student.layers", "1,3,5")
     both = ["--teacher.path", teacher, "--student.path", student]
     both_models = ("teacher", "student")

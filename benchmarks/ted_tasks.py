@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as student_t
 
-from benchmarks.steps import Step, carry_out, circumstances
+from benchmarks.steps import Step, carry_out, circumstances, is_done
 from homodistil.tasks import TASKS
 
 
@@ -67,7 +67,7 @@ def main() -> None:
     finally:
         for task in missing:
             if _seeds(task, "ted"):
-                complete = all(step.result.exists() for step in steps(task, options.shared))
+                complete = all(is_done(step.result) for step in steps(task, options.shared))
                 rows[task] = collected(task) | circumstances() | {"complete": complete}
         options.rows.parent.mkdir(parents=True, exist_ok=True)
         options.rows.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -137,7 +137,7 @@ def collected(task: str) -> dict[str, Any]:
 
 
 def _seeds(task: str, name: str) -> dict[str, dict[str, float]]:
-    found = sorted((RUNS / task / name).glob("seed_*/summary.json"))
+    found = sorted(file for file in (RUNS / task / name).glob("seed_*/summary.json") if is_done(file))
     return {file.parent.name.removeprefix("seed_"): _figures(task, file) for file in found}
 
 

@@ -165,6 +165,8 @@ def check_filters(blueprint: Blueprint) -> None:
     if run.filters.of is not None:
         if run.student.path is None:
             raise ConfigError("filters.of is set, but student.path, the model that filters are learned on, is not.")
+        if not run.filters.layers:
+            raise ConfigError(f"filters.of is set, but filters.layers, where filters stand, is not. {HOW_TO_LEARN}.")
         return
     term = run.objective.hidden
     if term.aligner != "filter" or term.weight == 0 or run.teacher.path is None:
@@ -178,6 +180,11 @@ def check_filters(blueprint: Blueprint) -> None:
         raise ConfigError(
             f"objective.hidden.aligner: filter, but student.filters is not set, and the student starts as "
             f"{run.student.path}. {HOW_TO_LEARN} --of student, and set it to the folder that they are left in."
+        )
+    if run.student.path is not None and run.student.layers is not None:
+        raise ConfigError(
+            f"objective.hidden.aligner: filter, but student.layers cuts {run.student.layers} out of student.path "
+            f"{run.student.path}, whose filters belong to all its layers. Train the cut model first, and give that."
         )
     compared, task = blueprint.compared, run.task.name
     own, other = blueprint.family.widths(blueprint.config).hidden, blueprint.teacher_width

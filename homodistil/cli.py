@@ -98,6 +98,8 @@ class Export(Section):
     zero_to_fp32.py reads."""
     teacher: str | None = None
     """Where the run's teacher lies now, if it was moved; only its config is read."""
+    student: str | None = None
+    """Where that of student.path lies now, if it was moved; only its config and a benchmark's tokenizer are read."""
     shards: Path | None = None
     """Where the run's shards lie now, if they were moved; only their tokenizer is read."""
 
@@ -147,6 +149,9 @@ def learn_filters(arguments: Sequence[str]) -> None:
     """Learn task-aware filters of a teacher or a student (TED, stage I)."""
     launch, run, student, teacher = _launched(LearnFilters, FilterLaunch, "homodistil learn-filters", arguments)
 
+    if launch.dry_run:
+        raise ConfigError("--dry_run: learning filters has no forecast, only the run that compares them. Leave it out.")
+
     from homodistil import stage_one
 
     stage_one.learn_filters(run, launch.of, student, teacher)
@@ -158,7 +163,7 @@ def finetune(arguments: Sequence[str]) -> None:
 
     from homodistil import finetune as seeds
 
-    seeds.finetune(run, launch.seeds, student, teacher)
+    seeds.finetune(run, launch.seeds, student, teacher, launch.dry_run)
 
 
 def _launched(
@@ -199,7 +204,9 @@ def export(arguments: Sequence[str]) -> None:
     if options.format == "deepspeed":
         print(convert.to_deepspeed(options.checkpoint, options.output))
     else:
-        print(convert.to_huggingface(options.checkpoint, options.output, options.teacher, options.shards))
+        print(
+            convert.to_huggingface(options.checkpoint, options.output, options.teacher, options.shards, options.student)
+        )
 
 
 def build_shards(arguments: Sequence[str]) -> None:

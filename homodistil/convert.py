@@ -27,19 +27,22 @@ from homodistil.state import MASTER, Range
 from homodistil.student import MODEL
 
 
-def to_huggingface(checkpoint: Path, output: Path, teacher: str | None = None, shards: Path | None = None) -> Path:
+def to_huggingface(
+    checkpoint: Path,
+    output: Path,
+    teacher: str | None = None,
+    shards: Path | None = None,
+    student: str | None = None,
+) -> Path:
     """The student of a checkpoint as a plain Hugging Face directory, as the run itself leaves one at its end.
 
-    teacher, shards: where the run's lie now, if they were moved. Raises `CheckpointError` for a damaged checkpoint or
+    teacher, shards, student: where the run's lie now, if they were moved. Raises `CheckpointError` for a damaged checkpoint or
     another teacher or tokenizer, `ShapeError` where no stock config expresses the shape.
     """
     manifest = _whole(checkpoint)
-    run = RunConfig.model_validate(manifest.run)
+    run = _run_of_a_model(checkpoint, manifest)
     run.teacher.path, run.data.shards = teacher or run.teacher.path, shards or run.data.shards
-    if run.filters.of is not None:
-        raise CheckpointError(
-            f"{checkpoint}: its run learned filters, which are no model. Finish the run to have them."
-        )
+    run.student.path = student or run.student.path
     tokenizer, vocab_size = _tokenizer(run)
     blueprint = draw_blueprint(run, vocab_size)
     found = {"tokenizer": tokenizer_hash(tokenizer), "architecture": blueprint.architecture_sha256}
@@ -47,7 +50,7 @@ def to_huggingface(checkpoint: Path, output: Path, teacher: str | None = None, s
         if digest != manifest.identity[what]:
             raise CheckpointError(
                 f"{checkpoint}: its run had another {what} than {run.teacher.path or 'student.config'} and "
-                f"{run.data.shards} have now. Give --teacher and --shards where the run's own lie."
+                f"{run.data.shards} have now. Give --teacher, --student and --shards where the run's own lie."
             )
     weights = model_weights(manifest.saved_state(checkpoint))
     return export_student(weights, blueprint, manifest.student_shape, output, tokenizer)
@@ -65,7 +68,9 @@ def _tokenizer(run: RunConfig) -> tuple[Path, int]:
 def to_deepspeed(checkpoint: Path, output: Path) -> Path:
     """A DeepSpeed checkpoint of the model's fp32 weights in `output`, as `zero_to_fp32.py` reads them: one partition
     of ZeRO stage 2, with that script beside it. Raises `CheckpointError` for a damaged checkpoint."""
-    weights = model_weights(_whole(checkpoint).saved_state(checkpoint))
+    manifest = _whole(checkpoint)
+    _run_of_a_model(checkpoint, manifest)
+    weights = model_weights(manifest.saved_state(checkpoint))
     folder = output / checkpoint.name
     folder.mkdir(parents=True, exist_ok=True)
     partition = torch.cat([weight.flatten() for weight in weights.values()])
@@ -97,6 +102,13 @@ def model_weights(state: SavedState) -> dict[str, Tensor]:
 
 def _is_model(name: str) -> bool:
     return name.startswith(f"{MODEL}.")
+
+
+def _run_of_a_model(checkpoint: Path, manifest: Manifest) -> RunConfig:
+    run = RunConfig.model_validate(manifest.run)
+    if run.filters.of is not None:
+        raise CheckpointError(f"{checkpoint}: its run learned filters, which are no model. Let it finish to have them.")
+    return run
 
 
 def _whole(checkpoint: Path) -> Manifest:

@@ -145,6 +145,10 @@ def _card(name: str, model: PreTrainedModel, blueprint: Blueprint, shape: Studen
 def _origin(run: RunConfig, teacher: Widths) -> str:
     trained = f"for {run.run.updates} updates of {run.data.global_batch} sequences, recipe `{run.recipe}`"
     if run.teacher.path is None:
-        return f"Trained {trained}."
+        start = f" from `{Path(run.student.path).name}`" if run.student.path else ""
+        return f"Trained{start} {trained}."
+    teacher_name = Path(run.teacher.path).name
+    if run.student.path is not None:
+        return f"It started as `{Path(run.student.path).name}` and was distilled from `{teacher_name}`, {trained}."
     how = "pruned out of" if run.student.init == "teacher" else "distilled from"
-    return f"It was {how} `{Path(run.teacher.path).name}` ({teacher}), {trained}."
+    return f"It was {how} `{teacher_name}` ({teacher}), {trained}."

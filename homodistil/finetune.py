@@ -18,6 +18,7 @@ from homodistil.ds_config import DeepSpeedConfig
 from homodistil.engine import started_ranks
 from homodistil.errors import ConfigError
 from homodistil.files import write_text_durably
+from homodistil.forecast import show_forecast
 from homodistil.opening import forget_ending, plan_run, provide_data
 from homodistil.summary import RunSummary
 from homodistil.train import train
@@ -26,7 +27,11 @@ FILE = "scores.json"
 
 
 def finetune(
-    run: RunConfig, seeds: Sequence[int], ds_config: DeepSpeedConfig, teacher_ds_config: DeepSpeedConfig
+    run: RunConfig,
+    seeds: Sequence[int],
+    ds_config: DeepSpeedConfig,
+    teacher_ds_config: DeepSpeedConfig,
+    dry_run: bool = False,
 ) -> None:
     """What `launchers/finetune.py` does: a run for each seed in `runs/NAME/seed_N`, beside them `scores.json` with the
     task's metrics, their mean and deviation. Raises `ConfigError` for a task that is not a benchmark's. Collective."""
@@ -41,6 +46,8 @@ def finetune(
     with started_ranks() as ranks:
         source = provide_data(run, ranks)
         plans = [plan_run(seeded(run, seed), source, ds_config, ranks.world_size) for seed in seeds]
+        if dry_run:
+            return show_forecast(plans[0], ranks)
         summaries = {}
         for seed, plan in zip(seeds, plans, strict=True):
             ranks.once(lambda plan=plan: forget_ending(plan.run))  # type: ignore[misc]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import matplotlib
@@ -19,10 +19,9 @@ from homodistil.data.shards import ShardIndex
 from homodistil.ds_config import DeepSpeedConfig, micro_batch_size
 from homodistil.errors import ConfigError
 from homodistil.machines import GIB, Machine
-from homodistil.models import family_of
 from homodistil.models.attention import attention_implementation
 from homodistil.models.shape import Widths
-from homodistil.opening import Plan, original_config, plan_shapes
+from homodistil.opening import Plan, draw_blueprint, original_config, plan_shapes
 from homodistil.planning import Outlook, Planner, Update, bound_by_communication
 from homodistil.progress import progress_bar
 from homodistil.ranks import Ranks
@@ -67,6 +66,7 @@ def show_plan(
 ) -> None:
     """Print what the run would be on other machines than this one. Raises `ConfigError`, `ShapeError`,
     `ModelError`."""
+    run = run.with_filter_folders()
     found = run.data.shards / "index.json"
     index = ShardIndex.load(run.data.shards, check_files=False) if found.is_file() else None
     config = _config(run, index.vocab_size if index else BertConfig().vocab_size)
@@ -79,7 +79,7 @@ def show_plan(
             f"{ds_config.path}: bf16 is not enabled, and the speeds of GPUs here are bf16's. Plan with bf16, or use "
             "`pretrain --dry_run` on the machine itself."
         )
-    blueprint = Blueprint(family_of(config, run.task.task.kind), config, run, attention_implementation("sdpa"))
+    blueprint = replace(draw_blueprint(run, config.vocab_size, config), attention=attention_implementation("sdpa"))
     start, ladder = plan_shapes(blueprint)
     planner = Planner(blueprint, ladder, start.widths, tokens, machine, ds_config, ds_config.dtype)
     _count(planner)
@@ -125,7 +125,7 @@ def update_flops(plan: Plan, widths: Widths) -> float:
 
 
 def _config(run: RunConfig, vocab_size: int) -> PretrainedConfig:
-    if run.teacher.path in WELL_KNOWN and not Path(run.teacher.path).exists():
+    if run.student.path is None and run.teacher.path in WELL_KNOWN and not Path(run.teacher.path).exists():
         return WELL_KNOWN[run.teacher.path]()
     return original_config(run, vocab_size)
 

@@ -30,6 +30,7 @@ from homodistil.errors import ConfigError
 from homodistil.files import sha256
 from homodistil.hardware import matrix_product_flops
 from homodistil.health import Health
+from homodistil.knowledge.filters import WEIGHTS
 from homodistil.metrics import Metrics
 from homodistil.models import family_of
 from homodistil.models.attention import attention_implementation
@@ -44,6 +45,9 @@ from homodistil.resume import RunState, resume
 from homodistil.student import Blueprint
 from homodistil.summary import FILE as SUMMARY
 from homodistil.tasks import LanguageTask, Task
+
+VARIANCE_SEQUENCES = 128
+"""Held-out examples that the variance of the teacher's states is measured on."""
 
 
 def provide_data(run: RunConfig, ranks: Ranks) -> Source:
@@ -113,7 +117,7 @@ class Plan:
         filters = {"teacher_filters": run.teacher.filters, "student_filters": run.student.filters}
         return {
             **{name: model_hash(path) if path else None for name, path in models.items()},
-            **{name: sha256(*sorted(path.glob("filters.*"))) if path else None for name, path in filters.items()},
+            **{name: sha256(path / WEIGHTS) if path else None for name, path in filters.items()},
             "architecture": self.blueprint.architecture_sha256,
             "tokenizer": self.source.tokenizer_sha256,
             "corpus": self.source.sha256,
@@ -129,7 +133,8 @@ def plan_run(run: RunConfig, source: Source, ds_config: DeepSpeedConfig, world_s
     checks.check_destination(run)
     checks.check_tokenizer(run, source)
     blueprint = draw_blueprint(run, source.vocab_size)
-    checks.check_length(run, blueprint.config, source.sequence_length)
+    for config in (blueprint.config, blueprint.teacher_config):
+        checks.check_length(run, config, source.sequence_length)
     checks.check_vocabulary(run, blueprint.teacher_config, source)
     start, ladder = plan_shapes(blueprint)
     checks.check_filters(blueprint)
@@ -146,9 +151,10 @@ def _with_updates(run: RunConfig, source: Source) -> RunConfig:
     return run
 
 
-def draw_blueprint(run: RunConfig, vocab_size: int) -> Blueprint:
-    """What a run's students are built from. Raises `ModelError` for models that cannot serve, or not each other."""
-    config, kind = original_config(run, vocab_size), run.task.task.kind
+def draw_blueprint(run: RunConfig, vocab_size: int, config: PretrainedConfig | None = None) -> Blueprint:
+    """What a run's students are built from. config: of what the student is cut out of, if it is known. Raises
+    `ModelError` for models that cannot serve, or not each other."""
+    config, kind = config or original_config(run, vocab_size), run.task.task.kind
     teacher = None
     if run.student.path is not None and (other := run.teacher.path or run.filters.teacher) is not None:
         teacher = load_config(other, run.task.task)
@@ -211,9 +217,7 @@ def open_training(plan: Plan, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> Trai
     stream = open_stream(plan, ranks, state.bad_shards)
     held_out = stream.validation(run.validation.sequences, run.data.micro_batch)
     teacher = open_teacher(plan, teacher_ds, ranks)
-    variances = hidden_variances(teacher, held_out, ranks) if teacher and run.objective.hidden.weight > 0 else ()
-    if plan.family.pre_norm and variances:
-        plan = replace(plan, blueprint=replace(plan.blueprint, hidden_variances=variances))
+    plan, variances = with_variances(plan, teacher, stream, ranks)
     student = open_student(plan, state, ranks)
     checkpoints = Checkpoints(run, identity, ranks, state.update)
     checkpoints.check_room(student.trained_parameters)
@@ -291,14 +295,29 @@ def first_model(plan: Plan) -> PreTrainedModel:
     return new_model(stock, blueprint.attention, plan.task.kind)
 
 
+def with_variances(
+    plan: Plan, teacher: TeacherEngine | None, stream: Stream | TaskStream, ranks: Ranks
+) -> tuple[Plan, tuple[float, ...]]:
+    """The variances of the teacher's compared states, and the plan that divides by them, for pre-norm families.
+    Measured on the same held-out examples whatever the run validates on, so that a resume does as before. Collective.
+    """
+    if teacher is None or plan.run.objective.hidden.weight == 0:
+        return plan, ()
+    batches = stream.validation(VARIANCE_SEQUENCES, plan.run.data.micro_batch)
+    variances = hidden_variances(teacher, batches, ranks)
+    if plan.family.pre_norm:
+        plan = replace(plan, blueprint=replace(plan.blueprint, hidden_variances=variances))
+    return plan, variances
+
+
 @torch.no_grad()
 def hidden_variances(teacher: TeacherEngine, batches: list[Batch], ranks: Ranks) -> tuple[float, ...]:
     """Of each of the teacher's compared states over the tokens of held-out text: a dimension's variance, on average
-    over the dimensions. Collective."""
+    over the dimensions. Rows that only fill up a rank's share don't count. Collective."""
     sums: Tensor | None = None
     for batch in batches:
         rows = batch.to(ranks.device)
-        valid = rows.attention_mask.bool()
+        valid = rows.attention_mask.bool() & (rows.weights.sum(dim=1, keepdim=True) > 0)
         states = torch.stack([state[valid].double() for state in teacher.knowledge(rows).hidden_states])
         ones = torch.ones_like(states).sum(dim=1)
         moments = torch.stack([ones, states.sum(dim=1), states.square().sum(dim=1)])  # (3, states, D)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from homodistil import checks
-from homodistil.config import KnowledgeConfig, RunConfig, TargetShape, TeacherConfig
+from homodistil.config import KnowledgeConfig, ObjectiveConfig, RunConfig, TargetShape, TeacherConfig
 from homodistil.ds_config import DeepSpeedConfig
 from homodistil.engine import started_ranks
 from homodistil.errors import ConfigError
@@ -40,10 +40,12 @@ def stage_one(run: RunConfig, of: Of, blueprint: Blueprint) -> RunConfig:
     first = run.model_copy(deep=True)
     first.run.name = run.filter_folder(of).parent.name
     first.filters.of = of
-    first.filters.layers = list(blueprint.compared.teacher if of == "teacher" else blueprint.compared.student)
+    compared = blueprint.compared.teacher if of == "teacher" else blueprint.compared.student
+    first.filters.layers = run.filters.layers or list(compared)
     first.filters.teacher = run.teacher.path if of == "student" else None
     first.teacher, first.knowledge, first.pruning.target = TeacherConfig(), KnowledgeConfig(), TargetShape()
-    first.student.path, first.student.layers, first.student.filters = path, None, None
+    first.objective = ObjectiveConfig()
+    first.student.path, first.student.layers, first.student.filters, first.student.init = path, None, None, "teacher"
     first.optimizer.weight_decay = 0.0
     first.optimizer.learning_rate = run.filters.learning_rate or run.optimizer.learning_rate
     if run.filters.updates is not None:

@@ -17,8 +17,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from homodistil.batch import Batch, Counts
 from homodistil.config import RunConfig
+from homodistil.errors import ConfigError
 from homodistil.knowledge.aligners import build_aligners, filter_aligners, hidden_members
-from homodistil.knowledge.filters import FilterSet
+from homodistil.knowledge.filters import HOW_TO_LEARN, FilterSet
 from homodistil.models.base import ModelFamily
 from homodistil.models.groups import PrunableGroup, kept_positions
 from homodistil.models.loading import materialise, skeleton
@@ -49,9 +50,10 @@ class Blueprint:
 
     @property
     def architecture_sha256(self) -> str:
-        """Of the original model's config, less what says nothing of how it computes."""
+        """Of the models' configs, less what says nothing of how they compute."""
         silent = ("transformers_version", "_name_or_path", "dtype", "architectures")
-        fields = {key: value for key, value in self.config.to_dict().items() if key not in silent}
+        configs = [self.config] if self.teacher is None else [self.config, self.teacher]
+        fields = [{key: value for key, value in c.to_dict().items() if key not in silent} for c in configs]
         return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
 
     @property
@@ -166,7 +168,8 @@ def _aligners(blueprint: Blueprint, shape: StudentShape) -> nn.ModuleList:
     if run.objective.hidden.aligner != "filter":
         return build_aligners(run.objective.hidden, shape, compared.states, blueprint.teacher_width)
     directory = blueprint.student_filters
-    assert directory is not None, "checked when the run was planned"
+    if directory is None:
+        raise ConfigError(f"objective.hidden.aligner: filter, but teacher.filters is not set. {HOW_TO_LEARN}.")
     # The teacher's own filters are the student's, where it starts as its teacher.
     layers = compared.student if run.student.filters else compared.teacher
     return filter_aligners(FilterSet.load(directory), layers, shape)
@@ -179,9 +182,10 @@ def prepare_for_training(model: PreTrainedModel, run: RunConfig) -> None:
     chosen = run.student.dropout if run.student.dropout is not None else 0.0 if distilled else None
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout):
-            is_head = "." not in name
+            is_head = "." not in name or name.startswith("pooler.")
             own = run.student.head_dropout if is_head and run.student.head_dropout is not None else chosen
-            module.p = module.p if own is None else own
+            if own is not None and (own == 0 or not name.startswith("pooler.")):  # DeBERTa's drops nothing by itself
+                module.p = own
     if run.performance.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 

@@ -49,16 +49,18 @@ def pretrain(
 def train(plan: Plan, teacher_ds_config: DeepSpeedConfig, ranks: Ranks) -> RunSummary:
     """A whole run, from its newest checkpoint on if there is one. Collective."""
     run, timeout = plan.run, plan.run.health.hang_timeout_seconds
-    with Preemption() as preemption, Watchdog(ranks, timeout) as watchdog, Claim(run.run.checkpoints, ranks):
-        training = open_training(plan, teacher_ds_config, ranks)
-        with training.metrics as metrics:
-            metrics.shape(training.update, vars(training.student.shape.widths), training.student.parameters)
-            training.metrics.knowledge(training.update, training.hidden_variances)
-            validate(training)  # before the first update the student is the teacher: KL is 0
-            stop = distil(training, preemption, watchdog)
-            if stop:
-                save(training)
-            training.checkpoints.settle()
+    with Preemption() as preemption, Claim(run.run.checkpoints, ranks):
+        with Watchdog(ranks, timeout) as watchdog:
+            training = open_training(plan, teacher_ds_config, ranks)
+            with training.metrics as metrics:
+                metrics.shape(training.update, vars(training.student.shape.widths), training.student.parameters)
+                metrics.knowledge(training.update, training.hidden_variances)
+                validate(training)  # before the first update the student is the teacher: KL is 0
+                stop = distil(training, preemption, watchdog)
+                if stop:
+                    save(training)
+                training.checkpoints.settle()
+        # Unwatched: a benchmark's development set, on one rank, may take longer than a run may hang.
         return leave(training, stop) if stop else finish(training)
 
 

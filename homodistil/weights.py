@@ -16,11 +16,18 @@ from torch import Tensor
 
 from homodistil.batch import Batch
 from homodistil.config import ObjectiveConfig, RunConfig
-from homodistil.data.stream import Stream
 from homodistil.ds_config import DeepSpeedConfig
 from homodistil.engine import StudentEngine, TeacherEngine, started_ranks
 from homodistil.errors import ConfigError
-from homodistil.opening import Plan, open_student, open_teacher, plan_run, provide_data
+from homodistil.opening import (
+    Plan,
+    open_stream,
+    open_student,
+    open_teacher,
+    plan_run,
+    provide_data,
+    with_variances,
+)
 from homodistil.progress import Bar, progress_bar
 from homodistil.pruning.coordinator import PruningCoordinator
 from homodistil.pruning.ladder import Ladder
@@ -38,6 +45,7 @@ UPDATES = 4
 def measure_weights(run: RunConfig, ds_config: DeepSpeedConfig, teacher_ds_config: DeepSpeedConfig) -> None:
     """What `homodistil measure-weights` does: print |gradient of task| / |gradient of the term|. Raises `ConfigError`
     without a teacher or a ladder. Collective."""
+    run = run.with_filter_folders()
     with started_ranks() as ranks:
         plan = plan_run(run, provide_data(run, ranks), ds_config, ranks.world_size)
         if not plan.ladder.rungs or run.teacher.path is None:
@@ -55,7 +63,9 @@ def settled_norms(plan: Plan, teacher_ds_config: DeepSpeedConfig, ranks: Ranks) 
     teacher = open_teacher(plan, teacher_ds_config, ranks)
     assert teacher is not None
     settling = plan.ladder.rungs[0].update + SETTLING
-    batches = Stream(plan.run.data, plan.run.run.seed, ranks).updates(0, settling + UPDATES)
+    stream = open_stream(plan, ranks)
+    plan, _ = with_variances(plan, teacher, stream, ranks)
+    batches = stream.updates(0, settling + UPDATES)
     with progress_bar("settling", settling, "update", shown=ranks.is_first) as bar:
         student = _settled(plan, ranks, teacher, islice(batches, settling), bar)
     module = student.replica()

@@ -86,7 +86,8 @@ class FilterSet:
     @classmethod
     def load(cls, directory: Path) -> FilterSet:
         """From the folder that stage I left. Raises `ModelError`."""
-        return _load(directory)
+        path = directory / DESCRIPTION
+        return _load(directory, path.stat().st_mtime_ns if path.exists() else 0)
 
     def filter(self, layer: int) -> Filter:
         """A copy of the filter at `layer`, with its own memory."""
@@ -126,12 +127,11 @@ def save_filters(directory: Path, weights: Mapping[str, Tensor], description: Fi
     whole = {name: weight.contiguous() for name, weight in weights.items()}
     write_durably(directory / WEIGHTS, lambda partial: save_file(whole, partial))
     write_text_durably(directory / DESCRIPTION, description.model_dump_json(indent=1) + "\n")
-    _load.cache_clear()
     return directory
 
 
 @cache
-def _load(directory: Path) -> FilterSet:
+def _load(directory: Path, _written: int) -> FilterSet:
     path = directory / DESCRIPTION
     if not path.is_file():
         raise ModelError(f"{directory}: there is no {DESCRIPTION}, so no filters. {HOW_TO_LEARN}.")

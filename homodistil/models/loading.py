@@ -58,6 +58,7 @@ HEAD_WORDS: dict[Kind, str] = {
 }
 CONFIGS: dict[Kind, Any] = {"masked": BertConfig, "causal": GPT2Config}
 """What models are made from nothing."""
+BINARIES = ("pytorch_model.bin", "pytorch_model-*.bin")
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 
@@ -70,7 +71,10 @@ def model_directory(name: str | Path) -> Path:
     if Path(name).exists():
         return Path(name)
     try:
-        return Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
+        found = Path(snapshot_download(str(name), allow_patterns=HUB_FILES))
+        if not any(found.glob("*.safetensors")):  # some models come in torch's older format alone
+            found = Path(snapshot_download(str(name), allow_patterns=[*HUB_FILES, *BINARIES]))
+        return found
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"{name}: no such directory, and no model of that name could be had from the Hugging Face hub "
@@ -156,8 +160,8 @@ def for_task(config: PretrainedConfig, task: Task) -> PretrainedConfig:
 
 def weight_files(path: str | Path) -> list[Path]:
     """A directory's weight files, in name order. Raises `ModelError` when there is none."""
-    for pattern in ("*.safetensors", "pytorch_model*.bin"):
-        if files := sorted(model_directory(path).glob(pattern)):
+    for patterns in (("*.safetensors",), BINARIES):
+        if files := sorted(file for pattern in patterns for file in model_directory(path).glob(pattern)):
             return files
     raise ModelError(f"{path}: no weights here. Expected model.safetensors; save the model with save_pretrained.")
 
@@ -170,6 +174,8 @@ def model_hash(path: str | Path) -> str:
 def new_config(fields: dict[str, Any], vocab_size: int, kind: Kind = "masked") -> PretrainedConfig:
     """The config of a model made from nothing, a recipe's `student.config`: a BERT, or for causal language modelling a
     GPT-2. Raises `ConfigError`, `ShapeError`."""
+    if kind not in CONFIGS:
+        raise ConfigError(f"a {kind} model is not made from nothing. Set student.path to a model to start from.")
     made = CONFIGS[kind]
     known = sorted(field.name for field in dataclasses.fields(made))
     for name in fields:
