@@ -36,8 +36,8 @@ def to_huggingface(
 ) -> Path:
     """The student of a checkpoint as a plain Hugging Face directory, as the run itself leaves one at its end.
 
-    teacher, shards, student: where the run's lie now, if they were moved. Raises `CheckpointError` for a damaged checkpoint or
-    another teacher or tokenizer, `ShapeError` where no stock config expresses the shape.
+    teacher, shards, student: where the run's lie now, if they were moved. Raises `CheckpointError` for a damaged
+    checkpoint or another teacher or tokenizer, `ShapeError` where no stock config expresses the shape.
     """
     manifest = _whole(checkpoint)
     run = _run_of_a_model(checkpoint, manifest)

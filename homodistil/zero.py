@@ -263,14 +263,18 @@ def release(engine: DeepSpeedEngine) -> None:
     """Destroy an engine and cut the references by which DeepSpeed would keep it alive.
 
     Its forward hooks stay on the module, ZeRO-3 keeps the root module on a global stack, and a cache on a method
-    of the parameter coordinator holds every coordinator that ever ran (deepspeed issue 7204).
+    of the parameter coordinator holds every coordinator that ever ran (deepspeed issue 7204). A parameter that is read
+    outside the module that owns it, as DeBERTa's relative positions are, outlives it, and knows its optimizer.
     """
+    parameters = list(engine.module.parameters())
     engine.destroy()
     engine.module_forward_pre_hook.remove()
     engine.module_forward_post_hook.remove()
     stack = parameter_offload.FWD_MODULE_STACK
     stack[:] = [module for module in stack if module is not engine.module]
     _coordinator_cache().cache_clear()
+    for parameter in parameters:
+        parameter.__dict__.clear()
 
 
 def collect() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
 import torch
+from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from homodistil.engine import StudentEngine, TeacherEngine
@@ -45,6 +47,8 @@ def gradients(stage: int, changes: dict[str, Any]) -> dict[str, list[tuple[int, 
         found.setdefault(f.name, []).append((f.start, f.gradient.clone()))
     engine.close()
     teacher.close()
+    gc.collect()
+    assert not any(isinstance(thing, DeepSpeedEngine) for thing in gc.get_objects()), "an engine outlives its end"
     return found
 
 
