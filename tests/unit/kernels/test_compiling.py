@@ -84,12 +84,10 @@ def test_code_that_no_graph_can_hold_is_an_error(graphs: Graphs) -> None:
         student.family.signals(student.model, fixtures.batch())
 
 
-def test_a_shape_that_changes_under_one_module_stops_at_the_limit(
-    graphs: Graphs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+def test_a_shape_that_changes_under_one_module_stops_at_the_limit(graphs: Graphs) -> None:
     student = students()[0]
     compile_encoder(student.model)
-    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+    limit = torch._dynamo.config.patch(recompile_limit=2)
+    with limit, pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
         for sequences in (2, 3, 4, 5):
             student.family.signals(student.model, fixtures.batch(sequences))
