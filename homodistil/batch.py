@@ -11,6 +11,9 @@ from torch import Tensor
 
 # B sequences, T tokens, S scored slots per sequence
 
+VALIDATION = -1
+"""Masking of held-out text: the same for every run."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -33,6 +36,11 @@ class Batch:
     padded: bool = True
     """False if every sequence fills its row, so that attention needs no mask. Known on the host: nobody has to wait for
     a device to say so."""
+    masking: int = 0
+    """Which masking of these sequences this is: an epoch's number, or `VALIDATION`. With a sequence's number, the key
+    of what a cached teacher said of it."""
+    recorded: dict[str, Tensor] | None = None
+    """What a cached teacher said, as it lies on disk: tensors of B rows each, see knowledge/cached.py."""
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -56,14 +64,16 @@ class Batch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         changed: dict[str, Any] = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **changed)
+        recorded = {k: change(v) for k, v in self.recorded.items()} if self.recorded is not None else None
+        return replace(self, **changed, recorded=recorded)
 
-    def counts(self) -> Counts:
-        """This batch's share of the update's counts, as a float64 vector ready for an all-reduce."""
+    def counts(self, compared_B: Tensor | None = None) -> Counts:
+        """This batch's share of the update's counts, as a float64 vector ready for an all-reduce. compared_B: each
+        sequence's tokens whose hidden states are compared, by default all but padding."""
         lengths = self.attention_mask.sum(dim=1).double()
-        pairs = lengths * lengths
+        pairs, compared = lengths * lengths, lengths if compared_B is None else compared_B.double()
         return Counts(
-            torch.stack([self.weights.double().sum(), lengths.sum(), pairs.sum(), ((pairs + lengths) / 2).sum()])
+            torch.stack([self.weights.double().sum(), compared.sum(), pairs.sum(), ((pairs + lengths) / 2).sum()])
         )
 
 
@@ -72,7 +82,7 @@ class Counts:
     """How many elements each term of the objective has in an update."""
 
     vector: Tensor
-    """(4,) float64: scored slots, non-padding tokens, valid query-key pairs, those of a causal model."""
+    """(4,) float64: scored slots, compared tokens, valid query-key pairs, those of a causal model."""
 
     @property
     def scored(self) -> Tensor:

@@ -37,6 +37,11 @@ class Source(Protocol):
     def tokenizer_sha256(self) -> str: ...
 
     @property
+    def sep_token_id(self) -> int | None:
+        """Of the token between and after segments, if there is one."""
+        ...
+
+    @property
     def sha256(self) -> str:
         """Of all that is read."""
         ...

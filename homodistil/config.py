@@ -7,8 +7,9 @@ recipe.py's.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
@@ -135,16 +136,72 @@ class StudentConfig(Section):
         return {key: yaml.safe_load(value) if isinstance(value, str) else value for key, value in config.items()}
 
 
+class Share(NamedTuple):
+    """How much of the hidden states is compared; None: all."""
+
+    states: int | None = None
+    tokens: int | None = None
+    """Of each sequence and state."""
+    units: float | None = None
+    """Fraction of a state's."""
+
+
 class KnowledgeConfig(Section):
     """What of the teacher's hidden states and attention the student is compared with."""
 
+    keep: str | None = None
+    """How much: `1l_10t_0.1h` is one layer, ten tokens of each sequence, a tenth of the units. What is not named is
+    kept whole, as everything is by default."""
     interval: int = Field(default=1, ge=1)
     """Every so many of the student's layers one is compared, up to the last; divides their number."""
+    top: float = Field(default=1.0, gt=0, le=1)
+    """Share of the teacher's depth that the student's last layer is compared at; the others are spaced evenly below.
+    5/6 (0.8333) did best in the marginal-utility paper."""
     layers: list[Annotated[int, Field(ge=0)]] | None = None
-    """For each of those layers, the teacher's that it is compared with, counted from 0; by default evenly spaced up to
-    the last."""
+    """For each of those layers, the teacher's that it is compared with, counted from 0, instead of spacing them."""
     embeddings: bool = True
-    """Compare the embeddings' output as well; filters have none there."""
+    """Compare the embeddings' output as well; filters have none there. The first that `keep` drops."""
+    tokens: Literal["left", "random", "attention", "attention_no_sep"] = "attention_no_sep"
+    """Which tokens `keep` keeps: the first; drawn anew for every sequence, state and masking; those that [CLS] attends
+    to most, in the layer before the one compared; or of those without [SEP]. A causal model's last token takes [CLS]'s
+    part."""
+    units: Literal["random", "uniform", "magnitude"] = "magnitude"
+    """Which units: drawn once for the run; evenly spaced; or each token's largest."""
+    left_out: Literal["ignored", "zero"] = "ignored"
+    """What becomes of units that are not kept: nothing, or the student's are pulled to zero."""
+    padding: bool = False
+    """Compare padding as well, as TED's authors' code does; not with `keep`'s tokens."""
+
+    @field_validator("keep")
+    @classmethod
+    def _share_can_be_read(cls, keep: str | None) -> str | None:
+        _read_share(keep)
+        return keep
+
+    @model_validator(mode="after")
+    def _padding_is_never_chosen(self) -> KnowledgeConfig:
+        if self.padding and self.share.tokens is not None:
+            raise ValueError(f"padding is true, but keep ({self.keep}) chooses tokens, and padding is none")
+        return self
+
+    @property
+    def share(self) -> Share:
+        return _read_share(self.keep)
+
+
+def _read_share(keep: str | None) -> Share:
+    found = re.fullmatch(r"(?:(\d+)l)?_?(?:(\d+)t)?_?(?:(\d*\.?\d+)h)?", keep or "")
+    if found is None or keep == "":
+        raise ValueError(f"found {keep}, expected layers, tokens and units, or some of them, such as 1l_10t_0.1h")
+    states, tokens, units = found.groups()
+    share = Share(
+        states=None if states is None else int(states),
+        tokens=None if tokens is None else int(tokens),
+        units=None if units is None else float(units),
+    )
+    if share.states == 0 or share.tokens == 0 or not (share.units is None or 0 < share.units <= 1):
+        raise ValueError(f"found {keep}, expected at least one layer, one token, and units above 0, at most 1")
+    return share
 
 
 class FiltersConfig(Section):

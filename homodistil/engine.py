@@ -19,6 +19,7 @@ from homodistil.errors import Stopped
 from homodistil.hardware import keep_freed_memory
 from homodistil.kernels.compiling import compile_encoder
 from homodistil.knowledge.ahead import Ahead
+from homodistil.knowledge.selection import Selection
 from homodistil.knowledge.teacher import FrozenModel, Teacher
 from homodistil.learner import FilterLearner
 from homodistil.models.base import ModelFamily
@@ -108,7 +109,8 @@ class StudentEngine:
 
         Returns this rank's share of each loss term, detached: summed over ranks they are the update's losses.
         """
-        counts = self._ranks.sum(batch.counts().vector.to(self._ranks.device))
+        compared = self._blueprint.selection.count(batch)
+        counts = self._ranks.sum(batch.counts(compared).vector.to(self._ranks.device))
         sums: dict[str, Tensor] = {}
         micro_batches = list(batch.micro_batches(self._settings["train_micro_batch_size_per_gpu"]))
         source = Ahead(teacher, self._ranks.device, self._stream)
@@ -219,12 +221,13 @@ class TeacherEngine:
         compiled: bool = False,
         compared: Compared | None = None,
         filters: Path | None = None,
+        selection: Selection | None = None,
     ) -> None:
         """Collective. `settings`: DeepSpeed JSON of a ZeRO-3 engine, or None for a replica, which can be compiled.
-        compared, filters: what it hands over, as FrozenModel has it."""
+        compared, filters, selection: what it hands over, as FrozenModel has it."""
         self.config: PretrainedConfig = model.config
         self.parameters = sum(p.numel() for p in model.parameters())
-        module = FrozenModel(model, family, compared, filters)
+        module = FrozenModel(model, family, compared, filters, selection)
         if compiled:
             compile_encoder(model)
         self._engine = None

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from homodistil import checks
@@ -31,6 +30,7 @@ from homodistil.files import sha256
 from homodistil.hardware import matrix_product_flops
 from homodistil.health import Health
 from homodistil.knowledge.filters import WEIGHTS
+from homodistil.knowledge.variances import hidden_variances
 from homodistil.metrics import Metrics
 from homodistil.models import family_of
 from homodistil.models.attention import attention_implementation
@@ -132,7 +132,7 @@ def plan_run(run: RunConfig, source: Source, ds_config: DeepSpeedConfig, world_s
     checks.check_batches(run, source, ds_config, world_size)
     checks.check_destination(run)
     checks.check_tokenizer(run, source)
-    blueprint = draw_blueprint(run, source.vocab_size)
+    blueprint = replace(draw_blueprint(run, source.vocab_size), sep=source.sep_token_id)
     for config in (blueprint.config, blueprint.teacher_config):
         checks.check_length(run, config, source.sequence_length)
     checks.check_vocabulary(run, blueprint.teacher_config, source)
@@ -271,6 +271,7 @@ def open_teacher(plan: Plan, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> Teach
         compiled=run.performance.compile,
         compared=blueprint.compared,
         filters=run.teacher.filters if filtered else None,
+        selection=blueprint.selection,
     )
 
 
@@ -304,28 +305,10 @@ def with_variances(
     if teacher is None or plan.run.objective.hidden.weight == 0:
         return plan, ()
     batches = stream.validation(VARIANCE_SEQUENCES, plan.run.data.micro_batch)
-    variances = hidden_variances(teacher, batches, ranks)
+    variances = hidden_variances(teacher, batches, ranks, plan.blueprint.teacher_width)
     if plan.family.pre_norm:
         plan = replace(plan, blueprint=replace(plan.blueprint, hidden_variances=variances))
     return plan, variances
-
-
-@torch.no_grad()
-def hidden_variances(teacher: TeacherEngine, batches: list[Batch], ranks: Ranks) -> tuple[float, ...]:
-    """Of each of the teacher's compared states over the tokens of held-out text: a dimension's variance, on average
-    over the dimensions. Rows that only fill up a rank's share don't count. Collective."""
-    sums: Tensor | None = None
-    for batch in batches:
-        rows = batch.to(ranks.device)
-        valid = rows.attention_mask.bool() & (rows.weights.sum(dim=1, keepdim=True) > 0)
-        states = torch.stack([state[valid].double() for state in teacher.knowledge(rows).hidden_states])
-        ones = torch.ones_like(states).sum(dim=1)
-        moments = torch.stack([ones, states.sum(dim=1), states.square().sum(dim=1)])  # (3, states, D)
-        sums = moments if sums is None else sums + moments
-    assert sums is not None
-    count, total, squares = ranks.sum(sums)
-    variances = (squares / count - (total / count).square()).mean(dim=1)
-    return tuple(variances.tolist())
 
 
 def tokenizer_directory(run: RunConfig) -> Path:

@@ -4,10 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
 # B sequences, T tokens, D hidden width, A heads, d head width, S scored slots, V vocabulary
+# n kept tokens, u kept units, k words that are told apart
+
+
+class SparseTargets(NamedTuple):
+    """What a teacher expects at a slot, in few numbers: probabilities of k words, and of all others together."""
+
+    ids: Tensor
+    """(..., k) int64."""
+    log_mass: Tensor
+    """(..., k) fp32: log probability of each; -inf where there are fewer than k."""
+    tail: Tensor
+    """(...) fp32: log probability of all other words; -inf for none."""
+    entropy: Tensor
+    """(...) fp32: the part of the KL that is the teacher's alone, sum of p log p."""
+
+
+class Kept(NamedTuple):
+    """Which part of a hidden state is handed over. Tuples, because ZeRO-3's hooks can walk them."""
+
+    counted: Tensor
+    """(B, n): 1 for a token that is compared, 0 for a slot that only fills up its row."""
+    positions: Tensor | None = None
+    """(B, n) int64: the kept tokens in order; all T of them by default."""
+    units: Tensor | None = None
+    """(u,), or (B, n, u) where they are each token's own, int64: the kept units in order; all of them by default."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +47,11 @@ class Signals:
     attention_scale: float
     """1 / sqrt(head width of the original model)."""
     logits: Tensor
-    """(B, S, V), at the scored slots only."""
+    """(B, S, V), at the scored slots only; (B, S, 0) where a teacher gives `targets` instead."""
+    kept: tuple[Kept, ...] = ()
+    """Where `hidden_states` are selected parts, (B, n, u) each: which. Empty: they are whole."""
+    targets: SparseTargets | None = None
+    """(B, S) of them: what a cached teacher expects, compressed."""
 
     def at(self, layers: Sequence[int], embeddings: bool = True) -> Signals:
         """Of these layers, counted from 0, and of the embeddings."""
@@ -43,6 +73,17 @@ class Compared:
     def states(self) -> int:
         """Hidden states that are compared."""
         return len(self.student) + self.embeddings
+
+    def topmost(self, states: int | None) -> Compared:
+        """The last so many of the pairs, or all."""
+        if states is None or states >= self.states:
+            return self
+        return Compared(self.student[-states:], self.teacher[-states:], embeddings=False)
+
+    @property
+    def teacher_states(self) -> tuple[int, ...]:
+        """The teacher's that are compared, 0 the embeddings' output."""
+        return (0,) * self.embeddings + tuple(layer + 1 for layer in self.teacher)
 
 
 Knowledge = Signals

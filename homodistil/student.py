@@ -20,6 +20,7 @@ from homodistil.config import RunConfig
 from homodistil.errors import ConfigError
 from homodistil.knowledge.aligners import build_aligners, filter_aligners, hidden_members
 from homodistil.knowledge.filters import HOW_TO_LEARN, FilterSet
+from homodistil.knowledge.selection import Selection
 from homodistil.models.base import ModelFamily
 from homodistil.models.groups import PrunableGroup, kept_positions
 from homodistil.models.loading import materialise, skeleton
@@ -47,6 +48,8 @@ class Blueprint:
     hidden_variances: tuple[float, ...] | None = None
     """What each compared state's squared differences are divided by, for families whose states no LayerNorm has
     standardised: the teacher's variance."""
+    sep: int | None = None
+    """Id of the token between segments, where the run's tokenizer has one."""
 
     @property
     def architecture_sha256(self) -> str:
@@ -73,13 +76,20 @@ class Blueprint:
 
     @property
     def compared(self) -> Compared:
-        """The k-th of so many of the student's layers with the k-th of as many of the teacher's."""
+        """The k-th of so many of the student's layers with the k-th of as many of the teacher's, spaced evenly up to
+        `top` of its depth (Liu et al. 2021); fewer if `keep` says so, the lowest dropped first."""
         knowledge, layers = self.run.knowledge, len(self.source)
         own = tuple(range(knowledge.interval - 1, layers, knowledge.interval))
-        there, count = self.family.layers(self.teacher_config), len(own)
-        spaced = tuple((k + 1) * there // count - 1 for k in range(count))
+        top, count = round(knowledge.top * self.family.layers(self.teacher_config)), len(own)
+        spaced = tuple(round((k + 1) * top / count) - 1 for k in range(count))
         matched = spaced if knowledge.layers is None else tuple(knowledge.layers)
-        return Compared(own, matched, knowledge.embeddings and self.run.objective.hidden.aligner != "filter")
+        embeddings = knowledge.embeddings and self.run.objective.hidden.aligner != "filter"
+        return Compared(own, matched, embeddings).topmost(knowledge.share.states)
+
+    @property
+    def selection(self) -> Selection:
+        """Which tokens and units of these states."""
+        return Selection(self.run.knowledge, self.teacher_width, self.run.run.seed, self.sep, self.family.causal)
 
     @property
     def student_filters(self) -> Path | None:
@@ -105,7 +115,8 @@ class Student(nn.Module):
 
     def __init__(self, model: PreTrainedModel, blueprint: Blueprint, shape: StudentShape) -> None:
         super().__init__()
-        self.family, self.shape, self.compared = blueprint.family, shape, blueprint.compared
+        self.family, self.shape = blueprint.family, shape
+        self.compared, self.selection = blueprint.compared, blueprint.selection
         self.family.configure(model, shape)
         prepare_for_training(model, blueprint.run)
         self.model = model

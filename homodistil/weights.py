@@ -118,7 +118,7 @@ def _add_gradients(
     teacher: TeacherEngine,
     ranks: Ranks,
 ) -> None:
-    counts = ranks.sum(batch.counts().vector)
+    counts = ranks.sum(batch.counts(module.selection.count(batch)).vector)
     total, _ = module(as_tuple(batch), as_tuple(teacher.knowledge(batch)), counts)
     for sum_, gradient in zip(gradients, torch.autograd.grad(total, parameters, allow_unused=True), strict=True):
         if gradient is not None:

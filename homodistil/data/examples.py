@@ -51,6 +51,7 @@ class TaskData:
     """Of the vocabulary's pieces in id order."""
     vocab_size: int
     pad_token_id: int
+    sep_token_id: int | None
     sequence_length: int
     """Tokens of an example at most."""
 
@@ -76,6 +77,7 @@ class TaskData:
             tokenizer_sha256=vocabulary_hash(opened),
             vocab_size=len(opened),
             pad_token_id=_padding(opened, tokenizer),
+            sep_token_id=opened.sep_token_id,
             sequence_length=config.max_length,
         )
 

@@ -1,7 +1,7 @@
 """Counter hashes: every random choice about data is a pure function of what it is for, never of what came before.
 
 So a stream resumes anywhere at once, and its choices do not depend on ranks, batch composition or library versions.
-The mixer is SplitMix64's finaliser (Steele, Lea and Flood 2014), here on NumPy arrays.
+The mixer is SplitMix64's finaliser (Steele, Lea and Flood 2014), on NumPy arrays and on tensors.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from enum import IntEnum
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 Hashes = NDArray[np.uint64]
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 FIRST = np.uint64(0xBF58476D1CE4E5B9)
 SECOND = np.uint64(0x94D049BB133111EB)
+_SIGNED = {number: int(number.astype(np.int64)) for number in (GOLDEN, FIRST, SECOND)}
 
 
 class Purpose(IntEnum):
@@ -32,6 +35,8 @@ class Purpose(IntEnum):
     EXAMPLE_ORDER = 8
     TRAINING_EXAMPLES = 9
     VALIDATION_EXAMPLES = 10
+    KEPT_TOKENS = 11
+    KEPT_UNITS = 12
 
 
 def mix(values: Hashes) -> Hashes:
@@ -50,6 +55,25 @@ def counter_hash(*keys: Any) -> Hashes:
     for key in keys:
         state = mix((state ^ np.asarray(key).astype(np.uint64)) + GOLDEN)
     return state
+
+
+def tensor_hash(*keys: int | Tensor) -> Tensor:
+    """The same on int64 tensors, wherever they are: ordered as `counter_hash`'s unsigned numbers are."""
+    state = next(key for key in keys if isinstance(key, Tensor)).new_zeros(1)
+    for key in keys:
+        state = _mix((state ^ key) + _SIGNED[GOLDEN])
+    return state ^ torch.iinfo(torch.int64).min
+
+
+def _mix(state: Tensor) -> Tensor:
+    state = (state ^ _shifted(state, 30)) * _SIGNED[FIRST]
+    state = (state ^ _shifted(state, 27)) * _SIGNED[SECOND]
+    return state ^ _shifted(state, 31)
+
+
+def _shifted(state: Tensor, bits: int) -> Tensor:
+    """Right, filled with zeros."""
+    return (state >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def permutation(size: int, *keys: int) -> NDArray[np.int64]:

@@ -150,6 +150,10 @@ class ShardIndex(BaseModel):
         """Tokens a sequence, on average: all are full."""
         return float(self.sequence_length)
 
+    @property
+    def sep_token_id(self) -> int | None:
+        return self.special_tokens.sep
+
     tokenizer_name: ClassVar[str] = "tokenizer"
     """Folder of the tokenizer, below the shards'."""
 

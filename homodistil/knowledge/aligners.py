@@ -5,7 +5,7 @@ newly built aligners; their weights are carried over like all others. The compar
 a teacher's own filters let through teacher.py's.
 """
 
-# B sequences, T tokens, D / E student's / teacher's hidden width
+# B sequences, n compared tokens, D / E student's / teacher's hidden width, u compared units of the teacher's
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ from torch import Tensor, nn
 
 from homodistil.config import HiddenTerm
 from homodistil.knowledge.filters import Filter, FilterSet
+from homodistil.knowledge.selection import at_units
 from homodistil.models.groups import Member
 from homodistil.models.shape import HIDDEN, StudentShape
 
 
 class Aligner(Protocol):
-    """(B, T, D) and (B, T, E) -> two tensors of one shape, to be compared."""
+    """(B, n, D) and (B, n, E) -> two tensors of one shape, to be compared. With units, (u,) or (B, n, u), the
+    teacher's are those alone, (B, n, u)."""
 
-    def __call__(self, student_BTD: Tensor, teacher_BTE: Tensor) -> tuple[Tensor, Tensor]: ...
+    def __call__(
+        self, student_BnD: Tensor, teacher_Bnu: Tensor, units: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
 
     def members(self, prefix: str) -> tuple[Member, ...]:
         """What the hidden group owns of the parameters below `prefix`."""
@@ -47,25 +51,39 @@ class ProjectionAligner(nn.Module):
             with torch.no_grad():
                 self.projection.weight[list(kept), range(len(kept))] = 1.0
 
-    def forward(self, student_BTD: Tensor, teacher_BTE: Tensor) -> tuple[Tensor, Tensor]:
-        return self.projection(student_BTD), teacher_BTE
+    def forward(self, student_BnD: Tensor, teacher_Bnu: Tensor, units: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return _of_units(self.projection(student_BnD), units), teacher_Bnu
 
     def members(self, prefix: str) -> tuple[Member, ...]:
         return (Member(f"{prefix}.projection.weight", axis=1, scored_with=None),)
 
 
 class IndexedAligner(nn.Module):
-    """The teacher's own kept dimensions: no parameters, no arithmetic."""
+    """The teacher's own kept dimensions: no parameters, no arithmetic.
+
+    Where only some units are compared, they meet the kept dimensions: a token is compared in those that are both, and
+    scaled so that the mean over its u units is the mean over these.
+    """
 
     kept: Tensor
     """(D,) int64."""
+    places: Tensor
+    """(E,) int64: where the student has a teacher's dimension; -1 for one it has lost."""
 
-    def __init__(self, kept: Sequence[int]) -> None:
+    def __init__(self, kept: Sequence[int], teacher_width: int) -> None:
         super().__init__()
         self.register_buffer("kept", torch.tensor(kept), persistent=False)
+        places = torch.full((teacher_width,), -1)
+        places[self.kept] = torch.arange(len(kept))
+        self.register_buffer("places", places, persistent=False)
 
-    def forward(self, student_BTD: Tensor, teacher_BTE: Tensor) -> tuple[Tensor, Tensor]:
-        return student_BTD, teacher_BTE.index_select(-1, self.kept)
+    def forward(self, student_BnD: Tensor, teacher_Bnu: Tensor, units: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if units is None:
+            return student_BnD, teacher_Bnu.index_select(-1, self.kept)
+        places = self.places[units]
+        shared = (places >= 0).to(student_BnD.dtype)
+        scale = shared * (places.shape[-1] / shared.sum(dim=-1, keepdim=True).clamp(min=1)).sqrt()
+        return at_units(student_BnD, places.clamp(min=0)) * scale, teacher_Bnu * scale
 
     def members(self, prefix: str) -> tuple[Member, ...]:
         return ()
@@ -78,8 +96,8 @@ class FilterAligner(nn.Module):
         super().__init__()
         self.filter = filter_
 
-    def forward(self, student_BTD: Tensor, teacher_BTE: Tensor) -> tuple[Tensor, Tensor]:
-        return self.filter(student_BTD), teacher_BTE
+    def forward(self, student_BnD: Tensor, teacher_Bnu: Tensor, units: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return _of_units(self.filter(student_BnD), units), teacher_Bnu
 
     def members(self, prefix: str) -> tuple[Member, ...]:
         return (Member(f"{prefix}.filter.{self.filter.entrance}", axis=1, scored_with=None),)
@@ -92,7 +110,7 @@ def build_aligners(
     default that of the model which the student was pruned out of."""
     kept, teacher_width = shape.kept[HIDDEN], teacher_width or shape.teacher.hidden
     if term.aligner == "indexed":
-        return nn.ModuleList(IndexedAligner(kept) for _ in range(states))
+        return nn.ModuleList(IndexedAligner(kept, teacher_width) for _ in range(states))
     return nn.ModuleList(ProjectionAligner(kept, teacher_width, term.projection_init) for _ in range(states))
 
 
@@ -100,6 +118,10 @@ def filter_aligners(filters: FilterSet, layers: Sequence[int], shape: StudentSha
     """The filters at these layers, as far as they read what a student of `shape` still has."""
     kept = shape.kept[HIDDEN]
     return nn.ModuleList(FilterAligner(narrowed(filters.filter(layer), kept)) for layer in layers)
+
+
+def _of_units(aligned_BnE: Tensor, units: Tensor | None) -> Tensor:
+    return aligned_BnE if units is None else at_units(aligned_BnE, units)
 
 
 def narrowed(filter_: Filter, kept: Sequence[int]) -> Filter:

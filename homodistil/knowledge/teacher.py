@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from homodistil.batch import Batch
 from homodistil.knowledge.filters import FilterSet
+from homodistil.knowledge.selection import Selection
 from homodistil.models.base import ModelFamily
 from homodistil.signals import Compared, Knowledge
 
@@ -31,23 +32,37 @@ class Teacher(Protocol):
 class FrozenModel(nn.Module):
     """A model in eval mode whose forward gives its knowledge as plain tuples, which ZeRO-3's hooks can walk."""
 
+    fixed_units: Tensor | None
+    """Kept of every token and state."""
+
     def __init__(
-        self, model: PreTrainedModel, family: ModelFamily, compared: Compared | None = None, filters: Path | None = None
+        self,
+        model: PreTrainedModel,
+        family: ModelFamily,
+        compared: Compared | None = None,
+        filters: Path | None = None,
+        selection: Selection | None = None,
     ) -> None:
         """compared: whose hidden states and attention are handed over, all by default. filters: folder of the
-        model's, through which these states go first."""
+        model's, through which these states go first. selection: which part of what comes out."""
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.family, self.compared = family, compared
         own = [FilterSet.load(filters).filter(layer) for layer in compared.teacher] if compared and filters else []
         self.filters = nn.ModuleList(own).to(model.dtype).requires_grad_(False)
+        self.selection = None if selection is None or selection.is_everything else selection
+        fixed = self.selection.fixed_units() if self.selection else None
+        self.register_buffer("fixed_units", fixed, persistent=False)
 
     @torch.no_grad()
     def forward(self, *batch: Any) -> tuple[object, ...]:
-        signals = self.family.signals(self.model, Batch(*batch))
+        rows = Batch(*batch)
+        whole = signals = self.family.signals(self.model, rows)
         if self.compared is not None:
-            signals = signals.at(self.compared.teacher, self.compared.embeddings)
-        states = signals.hidden_states
+            signals = whole.at(self.compared.teacher, self.compared.embeddings)
+        states, kept = signals.hidden_states, signals.kept
         if self.filters:
             states = tuple(let_through(state) for let_through, state in zip(self.filters, states, strict=True))
-        return states, signals.queries_keys, signals.attention_scale, signals.logits
+        if self.selection is not None and self.compared is not None:
+            states, kept = self.selection.parts(states, self.compared.teacher_states, whole, rows, self.fixed_units)
+        return states, signals.queries_keys, signals.attention_scale, signals.logits, kept

@@ -14,8 +14,12 @@ NOWHERE = -1e4
 
 def at_slots(states_BTD: Tensor, batch: Batch) -> Tensor:
     """(B, S, D): the states of the tokens at the scored positions."""
-    index_BSD = batch.scored_positions.unsqueeze(-1).expand(-1, -1, states_BTD.shape[-1])
-    return states_BTD.gather(1, index_BSD)
+    return at_tokens(states_BTD, batch.scored_positions)
+
+
+def at_tokens(states_BTD: Tensor, positions_Bn: Tensor) -> Tensor:
+    """(B, n, D): the states of the tokens at `positions`, (B, n) int64."""
+    return states_BTD.gather(1, positions_Bn.unsqueeze(-1).expand(-1, -1, states_BTD.shape[-1]))
 
 
 def spans(logits_BT2: Tensor, batch: Batch) -> Tensor:

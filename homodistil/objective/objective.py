@@ -20,10 +20,11 @@ from homodistil.errors import ConfigError
 from homodistil.kernels import gram_attention
 from homodistil.kernels.gram_attention import QueriesKeys, ScoreDifference
 from homodistil.kernels.vocabulary import cross_entropy_and_divergence
+from homodistil.models.heads import at_tokens
 from homodistil.models.shape import StudentShape
 from homodistil.objective import losses
 from homodistil.objective.pairing import HeadPairing
-from homodistil.signals import Signals
+from homodistil.signals import Kept, Signals
 from homodistil.tasks import Kind
 
 
@@ -118,11 +119,12 @@ class Objective(nn.Module):
     def _hidden(
         self, student: Signals, teacher: Signals, batch: Batch, counts: Counts, aligners: Iterable[nn.Module]
     ) -> Tensor:
-        """Mean over the states that are compared."""
-        compared = list(zip(aligners, student.hidden_states, teacher.hidden_states, strict=True))
-        variances = self.hidden_variances or [1.0] * len(compared)
-        aligned = [(*align(s, t), v) for (align, s, t), v in zip(compared, variances, strict=True)]
-        differences = [losses.hidden_difference(s, t, batch.attention_mask, variance) for s, t, variance in aligned]
+        """Mean over the states that are compared, of the parts that the teacher hands over."""
+        states = student.hidden_states
+        kept = teacher.kept or (Kept(batch.attention_mask),) * len(states)
+        variances = self.hidden_variances or (1.0,) * len(states)
+        compared = zip(aligners, states, teacher.hidden_states, kept, variances, strict=True)
+        differences = [_state_difference(*one) for one in compared]
         return over(torch.stack(differences).mean(), counts.tokens)
 
     def _attention(self, student: Signals, teacher: Signals, batch: Batch, counts: Counts) -> Tensor:
@@ -150,6 +152,12 @@ class Objective(nn.Module):
         tokens, width = student[0].shape[-2:]
         cheaper = self.gram == "auto" and gram_attention.prefers_gram(tokens, width, teacher[0].shape[-1])
         return gram_attention.gram if self.gram == "on" or cheaper else gram_attention.direct
+
+
+def _state_difference(align: nn.Module, student_BTD: Tensor, teacher: Tensor, kept: Kept, variance: float) -> Tensor:
+    states = student_BTD if kept.positions is None else at_tokens(student_BTD, kept.positions)
+    aligned = align(states, teacher, kept.units)
+    return losses.hidden_difference(aligned[0], aligned[1], kept.counted, variance)
 
 
 def _refuse_gram(form: str, causal: bool) -> None:
