@@ -106,6 +106,7 @@ def execute(values: dict[str, Any], folder: Path, stage: int, fault: tuple[str, 
             train.train(plan, teacher, ranks)
     except (Killed, Preempted):
         seen["killed"] = True
+        _release_engines()  # while the frames that were left still know them
     finally:
         _release_engines()
     return seen

@@ -65,9 +65,16 @@ def frozen_and_learned(stage: int, folder: Path) -> tuple[bool, bool, list[str]]
     engine = StudentEngine.build(plan, settings, ranks, model=model, shape=plan.full_shape)
 
     def working() -> dict[str, torch.Tensor]:
-        named = engine._engine.module.named_parameters()
-        held = {name: getattr(p, "ds_tensor", None) if stage == 3 else p for name, p in named}
-        return {n: p.detach().clone() for n, p in held.items() if p is not None and n.startswith(("model.", "heads."))}
+        named = dict(engine._engine.module.named_parameters())
+        frozen = {name: p for name, p in named.items() if name.startswith(("model.", "heads."))}
+        return {name: held(p).detach().clone() for name, p in frozen.items()}
+
+    def held(parameter: Any) -> torch.Tensor:
+        """This rank's part at stage 3, without what fills up the last one: memory that nobody wrote."""
+        if stage < 3:
+            return parameter
+        part = parameter.ds_tensor
+        return part[: max(0, min(part.numel(), parameter.ds_numel - ranks.rank * part.numel()))]
 
     def learned() -> dict[str, torch.Tensor]:
         everything = {name: Range(0, shape.numel()) for name, shape in engine._zero.shapes.items()}
