@@ -37,14 +37,14 @@ class _CrossEntropyAndDivergence(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """d CE = p - y; d KL = (p_T - q_T) / T, with p and q the student's and the teacher's probabilities."""
         losses, ce_NV, kl_NV = [], torch.empty_like(student_NV), torch.empty_like(student_NV)
-        for rows in _few_at_a_time(student_NV):
+        for rows in few_at_a_time(student_NV):
             s, label = at_least_fp32(student_NV[rows]), labels_N[rows, None]
             weight = weights_N[rows, None].to(s.dtype)
             log_p, log_q = (
                 s.log_softmax(dim=-1),
-                _warm(at_least_fp32(teacher_NV[rows]), temperature).log_softmax(dim=-1),
+                warm(at_least_fp32(teacher_NV[rows]), temperature).log_softmax(dim=-1),
             )
-            warm_log_p = log_p if temperature == 1 else _warm(s, temperature).log_softmax(dim=-1)
+            warm_log_p = log_p if temperature == 1 else warm(s, temperature).log_softmax(dim=-1)
             warm_p, q, loss = warm_log_p.exp(), log_q.exp(), -log_p.gather(-1, label)
             kl = torch.linalg.vecdot(q, log_q.sub_(warm_log_p)).unsqueeze(-1)
             kl_NV[rows] = q.sub_(warm_p).mul_(-weight / temperature)
@@ -61,11 +61,13 @@ class _CrossEntropyAndDivergence(torch.autograd.Function):
         return (ce_NV * ce).add_(kl_NV * kl), None, None, None, None
 
 
-def _warm(logits: Tensor, temperature: float) -> Tensor:
+def warm(logits: Tensor, temperature: float) -> Tensor:
+    """Logits at `temperature`; at 1 no copy is made."""
     return logits if temperature == 1 else logits / temperature
 
 
-def _few_at_a_time(logits_NV: Tensor) -> Iterator[slice]:
+def few_at_a_time(logits_NV: Tensor) -> Iterator[slice]:
+    """Slots, so many that an array of their logits in fp32 stays in the cache."""
     slots, vocabulary = logits_NV.shape
     limit = CPU_BYTES if logits_NV.device.type == "cpu" else GPU_BYTES
     count = max(1, limit // (4 * vocabulary))

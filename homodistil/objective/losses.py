@@ -3,7 +3,7 @@
 Low-precision inputs are added up in fp32, fp64 stays fp64. Nothing here knows a weight, a shape or a configuration.
 """
 
-# B sequences, S scored slots, V vocabulary, T tokens, D compared dimensions, A heads
+# B sequences, S scored slots, V vocabulary, k ids kept of it, T tokens, D compared dimensions, A heads
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from homodistil.kernels.gram_attention import QueriesKeys, ScoreDifference
 from homodistil.kernels.precision import at_least_fp32, without_autocast
 from homodistil.kernels.squares import squared_error
+from homodistil.sparse_targets import SparseTargets
 from homodistil.tasks import Kind
 
 
@@ -57,6 +58,21 @@ def divergence(student_log_p_BSV: Tensor, teacher_log_p_BSV: Tensor, weights_BS:
     """
     kl_BSV = F.kl_div(student_log_p_BSV, teacher_log_p_BSV, log_target=True, reduction="none")
     return (weights_BS * kl_BSV.sum(dim=-1)).sum()
+
+
+def sparse_divergence(student_log_p_BSV: Tensor, targets: SparseTargets, weights_BS: Tensor) -> Tensor:
+    """Sum over slots of weight * KL(target || student), in nats, where targets keep a few ids of each slot.
+
+    All ids that are not kept count as one, with the sum of their probabilities, which can only lower a KL. Of random
+    targets it is right on average, and may be negative.
+    """
+    used_BSk = targets.log_mass > -torch.inf
+    ids_BSk = targets.ids.where(used_BSk, targets.ids[..., :1])
+    log_p_BSk = student_log_p_BSV.gather(-1, ids_BSk).masked_fill(~used_BSk, 0)
+    nothing = torch.finfo(student_log_p_BSV.dtype).min
+    log_rest_BS = student_log_p_BSV.scatter(-1, ids_BSk, nothing).logsumexp(dim=-1)
+    cross_BS = (targets.log_mass.exp() * log_p_BSk).sum(dim=-1) + targets.tail.exp() * log_rest_BS
+    return (weights_BS * (targets.entropy - cross_BS)).sum()
 
 
 def hidden_difference(student_BTD: Tensor, teacher_BTD: Tensor, valid_BT: Tensor, variance: float = 1.0) -> Tensor:

@@ -15,7 +15,19 @@ PACKAGE = ROOT / "homodistil"
 
 LAYERS = (
     {"errors", "files", "hardware", "quiet"},
-    {"recipe", "config", "ds_schema", "ds_config", "arguments", "schedule", "batch", "signals", "summary", "tasks"},
+    {
+        "recipe",
+        "config",
+        "ds_schema",
+        "ds_config",
+        "arguments",
+        "schedule",
+        "batch",
+        "signals",
+        "sparse_targets",
+        "summary",
+        "tasks",
+    },
     {"ranks", "state", "fragments", "zero", "progress", "metrics", "watchdog", "preemption", "claim"},
     {"models", "kernels"},
     {"knowledge", "objective", "pruning", "data"},
