@@ -18,8 +18,9 @@ from homodistil.learner import describe
 from homodistil.metrics import peak_memory_bytes
 from homodistil.models.loading import model_directory
 from homodistil.objective.measures import Measures
-from homodistil.opening import Plan, Training
+from homodistil.opening import Training
 from homodistil.report import write_report
+from homodistil.run_plan import Plan
 from homodistil.summary import RunSummary, Score, StudentFigures, TeacherFigures, Validation, print_table
 from homodistil.tasks import Task
 

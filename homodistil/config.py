@@ -204,6 +204,23 @@ def _read_share(keep: str | None) -> Share:
     return share
 
 
+class CacheConfig(Section):
+    """A teacher's knowledge on disk, written once by launchers/cache_teacher.py and read instead of the teacher."""
+
+    path: Path | None = None
+    """Folder of the cache; without one, the teacher runs beside the student."""
+    values: Literal["fp32", "fp16", "int8", "int4"] = "fp16"
+    """How hidden states are stored; what each costs is in docs/performance.md."""
+    logits: Literal["top_k", "draws", "states"] = "top_k"
+    """What is kept of a language model's predictions: the most probable words and the mass of all others; words drawn
+    from them, right on average; or the last hidden states, exact, with the teacher's head beside them. A task's few
+    logits are kept as they are."""
+    top_k: int = Field(default=32, ge=1)
+    """Words that `top_k` tells apart."""
+    draws: int = Field(default=50, ge=1)
+    """Words that `draws` draws for a slot."""
+
+
 class FiltersConfig(Section):
     """Task-aware filters (TED, stage I): linear maps of layers' outputs, learned before distilling."""
 
@@ -246,6 +263,12 @@ class DataConfig(Section):
     """Share of a sequence's positions that are scored."""
     whole_word: bool = False
     """Mask whole words instead of single pieces."""
+    maskings: int | None = Field(default=None, ge=1)
+    """Masks that a sequence has: in each epoch the next, then the first again; by default, every epoch's are new. A
+    cache holds the teacher's knowledge of each."""
+    mask_seed: int | None = None
+    """Decides the masks, and a draw of tokens and units; by default `run.seed`. Students of several seeds can share a
+    cache."""
     on_bad_shard: Literal["stop", "replace"] = "stop"
     """A shard that is missing or not as its index says: `stop`, or `replace` it by the one read before it."""
     prefetch: int = Field(default=4, ge=1)
@@ -428,6 +451,7 @@ class RunConfig(Section):
     student: StudentConfig = StudentConfig()
     knowledge: KnowledgeConfig = KnowledgeConfig()
     filters: FiltersConfig = FiltersConfig()
+    cache: CacheConfig = CacheConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -462,6 +486,10 @@ class RunConfig(Section):
             raise ConfigError(explain(error, cls, origin)) from None
         run._origin = origin
         return run
+
+    @property
+    def mask_seed(self) -> int:
+        return self.run.seed if self.data.mask_seed is None else self.data.mask_seed
 
     def with_filter_folders(self) -> RunConfig:
         """Where filters are compared: the folders that launchers/learn_filters.py leaves for this run, unless others

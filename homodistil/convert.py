@@ -22,7 +22,7 @@ from homodistil.export import export_student
 from homodistil.files import write_durably, write_text_durably
 from homodistil.fragments import SavedState
 from homodistil.manifest import Manifest
-from homodistil.opening import draw_blueprint, tokenizer_directory
+from homodistil.run_plan import draw_blueprint, tokenizer_directory
 from homodistil.state import MASTER, Range
 from homodistil.student import MODEL
 

@@ -22,6 +22,10 @@ class DataError(HomodistilError):
     """Shards, text or a tokenizer that are missing, empty, damaged or do not belong together."""
 
 
+class CacheError(DataError):
+    """A teacher's cached knowledge that is missing, damaged, half written, or not what the run asks for."""
+
+
 class ModelError(HomodistilError):
     """A model directory that cannot serve as asked: missing, newly initialised or zero weights."""
 

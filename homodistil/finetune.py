@@ -19,7 +19,8 @@ from homodistil.engine import started_ranks
 from homodistil.errors import ConfigError
 from homodistil.files import write_text_durably
 from homodistil.forecast import show_forecast
-from homodistil.opening import forget_ending, plan_run, provide_data
+from homodistil.opening import forget_ending, provide_data
+from homodistil.run_plan import plan_run
 from homodistil.summary import RunSummary
 from homodistil.train import train
 

@@ -21,10 +21,10 @@ from homodistil.errors import ConfigError
 from homodistil.machines import GIB, Machine
 from homodistil.models.attention import attention_implementation
 from homodistil.models.shape import Widths
-from homodistil.opening import Plan, draw_blueprint, original_config, plan_shapes
 from homodistil.planning import Outlook, Planner, Update, bound_by_communication
 from homodistil.progress import progress_bar
 from homodistil.ranks import Ranks
+from homodistil.run_plan import Plan, draw_blueprint, original_config, plan_shapes
 from homodistil.student import Blueprint, Student
 from homodistil.tasks import Kind
 

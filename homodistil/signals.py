@@ -8,21 +8,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from homodistil.sparse_targets import SparseTargets
+
 # B sequences, T tokens, D hidden width, A heads, d head width, S scored slots, V vocabulary
 # n kept tokens, u kept units, k words that are told apart
-
-
-class SparseTargets(NamedTuple):
-    """What a teacher expects at a slot, in few numbers: probabilities of k words, and of all others together."""
-
-    ids: Tensor
-    """(..., k) int64."""
-    log_mass: Tensor
-    """(..., k) fp32: log probability of each; -inf where there are fewer than k."""
-    tail: Tensor
-    """(...) fp32: log probability of all other words; -inf for none."""
-    entropy: Tensor
-    """(...) fp32: the part of the KL that is the teacher's alone, sum of p log p."""
 
 
 class Kept(NamedTuple):
@@ -52,6 +41,8 @@ class Signals:
     """Where `hidden_states` are selected parts, (B, n, u) each: which. Empty: they are whole."""
     targets: SparseTargets | None = None
     """(B, S) of them: what a cached teacher expects, compressed."""
+    final_states: Tensor | None = None
+    """(B, S, D): what the head made the logits of, where that is recorded."""
 
     def at(self, layers: Sequence[int], embeddings: bool = True) -> Signals:
         """Of these layers, counted from 0, and of the embeddings."""

@@ -13,7 +13,8 @@ from homodistil.config import KnowledgeConfig, ObjectiveConfig, RunConfig, Targe
 from homodistil.ds_config import DeepSpeedConfig
 from homodistil.engine import started_ranks
 from homodistil.errors import ConfigError
-from homodistil.opening import draw_blueprint, forget_ending, plan_run, provide_data
+from homodistil.opening import forget_ending, provide_data
+from homodistil.run_plan import draw_blueprint, plan_run
 from homodistil.student import Blueprint
 from homodistil.train import train
 

@@ -89,7 +89,7 @@ class Blueprint:
     @property
     def selection(self) -> Selection:
         """Which tokens and units of these states."""
-        return Selection(self.run.knowledge, self.teacher_width, self.run.run.seed, self.sep, self.family.causal)
+        return Selection(self.run.knowledge, self.teacher_width, self.run.mask_seed, self.sep, self.family.causal)
 
     @property
     def student_filters(self) -> Path | None:

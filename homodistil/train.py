@@ -16,10 +16,11 @@ from homodistil.engine import started_ranks
 from homodistil.errors import ShardError, Stopped
 from homodistil.forecast import show_forecast, update_flops
 from homodistil.metrics import Work
-from homodistil.opening import Plan, Training, forget_ending, open_training, plan_run, provide_data, provide_teacher
+from homodistil.opening import Training, forget_ending, open_training, provide_data, provide_teacher
 from homodistil.preemption import Preemption
 from homodistil.pruning.coordinator import PrunePlan
 from homodistil.ranks import Ranks
+from homodistil.run_plan import Plan, plan_run
 from homodistil.schedule import learning_rate
 from homodistil.summary import RunSummary
 from homodistil.watchdog import Watchdog

@@ -19,20 +19,13 @@ from homodistil.config import ObjectiveConfig, RunConfig
 from homodistil.ds_config import DeepSpeedConfig
 from homodistil.engine import StudentEngine, TeacherEngine, started_ranks
 from homodistil.errors import ConfigError
-from homodistil.opening import (
-    Plan,
-    open_stream,
-    open_student,
-    open_teacher,
-    plan_run,
-    provide_data,
-    with_variances,
-)
+from homodistil.opening import open_stream, open_student, open_teacher, provide_data, with_variances
 from homodistil.progress import Bar, progress_bar
 from homodistil.pruning.coordinator import PruningCoordinator
 from homodistil.pruning.ladder import Ladder
 from homodistil.ranks import Ranks
 from homodistil.resume import RunState
+from homodistil.run_plan import Plan, plan_run
 from homodistil.schedule import learning_rate
 from homodistil.student import Student, as_tuple
 

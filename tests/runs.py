@@ -91,8 +91,8 @@ def execute(values: dict[str, Any], folder: Path, stage: int, fault: tuple[str, 
     from homodistil.data.shards import ShardIndex
     from homodistil.ds_config import DeepSpeedConfig
     from homodistil.errors import Preempted
-    from homodistil.opening import plan_run
     from homodistil.ranks import Ranks
+    from homodistil.run_plan import plan_run
 
     ranks, run = Ranks.current(), RunConfig.model_validate(copy.deepcopy(values))
     student = DeepSpeedConfig.load(folder / f"zero{stage}.json")

@@ -37,6 +37,7 @@ class Purpose(IntEnum):
     VALIDATION_EXAMPLES = 10
     KEPT_TOKENS = 11
     KEPT_UNITS = 12
+    DRAWN_TARGETS = 13
 
 
 def mix(values: Hashes) -> Hashes:

@@ -6,8 +6,9 @@ so that a row is found by arithmetic and read through the page cache. What the a
 
 from __future__ import annotations
 
+import os
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from homodistil.errors import CacheError
-from homodistil.files import checksum, write_durably
+from homodistil.files import PARTIAL, checksum, sync
+
+BLOCK = 256
+"""Records of a block: what is held in memory while writing."""
 
 Arrays = Mapping[str, NDArray[Any]]
 Numbers = NDArray[np.int64]
@@ -35,21 +39,48 @@ class RecordFile(BaseModel):
     """XXH3-128 of its bytes."""
 
 
-def write_records(path: Path, blocks: Iterable[Arrays]) -> RecordFile:
-    """Write blocks of equally many rows, but for the last one. Equal blocks give equal bytes; a file is whole or not
-    there."""
-    records = 0
+class RecordWriter:
+    """A file of records in the making: whole after `finish`, and not there before."""
 
-    def write(partial: Path) -> None:
-        nonlocal records
-        with partial.open("wb") as file, wds.TarWriter(file, mtime=0) as tar:
-            for number, block in enumerate(blocks):
-                members = {f"{name}.npy": array for name, array in block.items()}
-                tar.write({"__key__": f"{path.stem}-{number:05d}", **members})
-                records += len(next(iter(block.values())))
+    def __init__(self, path: Path) -> None:
+        self._path, self._partial = path, path.with_name(path.name + PARTIAL)
+        self._file = self._partial.open("wb")
+        self._tar = wds.TarWriter(self._file, mtime=0)
+        self._waiting: list[Arrays] = []
+        self._records = self._blocks = 0
 
-    write_durably(path, write)
-    return RecordFile(name=path.name, records=records, bytes=path.stat().st_size, checksum=checksum(path))
+    def add(self, rows: Arrays) -> None:
+        """Any number of rows, which come to lie in blocks of `BLOCK`."""
+        self._waiting.append(rows)
+        if sum(map(_length, self._waiting)) >= BLOCK:
+            joined = _joined(self._waiting)
+            whole = _length(joined) // BLOCK * BLOCK
+            for start in range(0, whole, BLOCK):
+                self._write({name: array[start : start + BLOCK] for name, array in joined.items()})
+            self._waiting = [{name: array[whole:] for name, array in joined.items()}]
+
+    def finish(self) -> RecordFile:
+        """Equal rows give equal bytes."""
+        if rest := _joined(self._waiting):
+            self._write(rest)
+        self._tar.close()
+        self._file.close()
+        sync(self._partial)
+        os.replace(self._partial, self._path)
+        sync(self._path.parent)
+        size = self._path.stat().st_size
+        return RecordFile(name=self._path.name, records=self._records, bytes=size, checksum=checksum(self._path))
+
+    def abandon(self) -> None:
+        """Leave nothing behind."""
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+    def _write(self, block: Arrays) -> None:
+        if rows := _length(block):
+            members = {f"{name}.npy": np.ascontiguousarray(array) for name, array in block.items()}
+            self._tar.write({"__key__": f"{self._path.stem}-{self._blocks:05d}", **members})
+            self._records, self._blocks = self._records + rows, self._blocks + 1
 
 
 @dataclass(frozen=True)
@@ -62,8 +93,7 @@ class Records:
     def rows(self, numbers: Numbers) -> dict[str, NDArray[Any]]:
         """Every array's rows of these numbers, in this order. Raises `CacheError`."""
         blocks = self._blocks
-        size = len(next(iter(blocks[0].values())))
-        block_of, within = np.divmod(numbers, size)
+        block_of, within = np.divmod(numbers, BLOCK)
         found: dict[str, NDArray[Any]] = {}
         for block in np.unique(block_of):
             here = block_of == block
@@ -85,9 +115,17 @@ class Records:
         blocks: dict[str, dict[str, NDArray[Any]]] = {}
         with tarfile.open(self.path) as tar:
             for member in tar:
-                key, name, _ = member.name.rsplit(".", 2)
+                key, name, _ = member.name.split(".")
                 blocks.setdefault(key, {})[name] = _mapped(self.path, member.offset_data)
         return list(blocks.values())
+
+
+def _length(rows: Arrays) -> int:
+    return len(next(iter(rows.values())))
+
+
+def _joined(parts: list[Arrays]) -> dict[str, NDArray[Any]]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
 
 def _mapped(path: Path, offset: int) -> NDArray[Any]:

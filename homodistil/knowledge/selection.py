@@ -106,13 +106,17 @@ class Selection:
             counted, state_BTE = eligible_BT.gather(1, positions), at_tokens(state_BTE, positions)
         if self.units is not None:
             units = top(state_BTE.abs(), self.units) if units is None else units
-            kept_Bnu = at_units(state_BTE, units)
-            if self.config.left_out == "zero":
-                index = units.expand_as(kept_Bnu)
-                state_BTE, units = torch.zeros_like(state_BTE).scatter(-1, index, kept_Bnu), None
-            else:
-                state_BTE = kept_Bnu
+            state_BTE = at_units(state_BTE, units)
+            state_BTE, units = self.completed(state_BTE, units)
         return state_BTE, Kept(counted.to(batch.weights.dtype), positions, units)
+
+    def completed(self, kept_Bnu: Tensor, units: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Kept units as the student is to meet them: by themselves, or among zeros, (B, n, E), where those that are
+        left out are zero."""
+        if units is None or self.config.left_out == "ignored":
+            return kept_Bnu, units
+        zeros = kept_Bnu.new_zeros((*kept_Bnu.shape[:-1], self.width))
+        return zeros.scatter(-1, units.expand_as(kept_Bnu), kept_Bnu), None
 
     def _scores(self, number: int, whole: Signals, batch: Batch) -> Tensor:
         """(B, T): the higher the sooner a token is kept."""
@@ -138,8 +142,13 @@ def top(scores: Tensor, count: int) -> Tensor:
     above, equal = scores > least, scores == least
     spare = count - above.sum(dim=-1, keepdim=True)
     chosen = above | (equal & (equal.cumsum(dim=-1) <= spare))
+    return numbered(chosen, count)
+
+
+def numbered(chosen: Tensor, count: int) -> Tensor:
+    """(..., count) int64: the indices, ascending, of the `count` that are chosen along the last axis."""
     places = torch.where(chosen, chosen.cumsum(dim=-1) - 1, count)
-    numbers = torch.arange(scores.shape[-1], device=scores.device).expand_as(places)
+    numbers = torch.arange(chosen.shape[-1], device=chosen.device).expand_as(places)
     return places.new_zeros((*places.shape[:-1], count + 1)).scatter_(-1, places, numbers)[..., :count]
 
 

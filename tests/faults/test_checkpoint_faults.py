@@ -47,9 +47,9 @@ def found(values: dict[str, Any], folder: Path, stage: int) -> tuple[int | None,
     from homodistil.config import RunConfig
     from homodistil.data.shards import ShardIndex
     from homodistil.ds_config import DeepSpeedConfig
-    from homodistil.opening import plan_run
     from homodistil.ranks import Ranks
     from homodistil.resume import resume
+    from homodistil.run_plan import plan_run
 
     ranks, run = Ranks.current(), RunConfig.model_validate(values)
     plan = plan_run(run, ShardIndex.load(run.data.shards), DeepSpeedConfig.load(folder / f"zero{stage}.json"), 2)

@@ -16,7 +16,8 @@ from homodistil.errors import ConfigError, HomodistilError, ModelError
 from homodistil.finetune import finetune
 from homodistil.knowledge.filters import FilterDescription, save_filters
 from homodistil.models.loading import load_config, load_model, model_hash
-from homodistil.opening import draw_blueprint, plan_run, provide_data
+from homodistil.opening import provide_data
+from homodistil.run_plan import draw_blueprint, plan_run
 from homodistil.stage_one import stage_one
 from homodistil.tasks import TASKS
 from tests import fixtures

@@ -32,7 +32,20 @@ LAYERS = (
     {"models", "kernels"},
     {"knowledge", "objective", "pruning", "data"},
     {"student", "learner", "costs", "machines", "planning", "engine", "manifest", "resume", "checkpoint", "health"},
-    {"checks", "opening", "closing", "forecast", "weights", "evaluation", "export", "convert", "report", "train"}
+    {
+        "checks",
+        "run_plan",
+        "opening",
+        "caching",
+        "closing",
+        "forecast",
+        "weights",
+        "evaluation",
+        "export",
+        "convert",
+        "report",
+        "train",
+    }
     | {"stage_one", "finetune"},
     {"cli"},
 )

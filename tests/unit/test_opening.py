@@ -14,7 +14,7 @@ from homodistil.data.shards import ShardIndex
 from homodistil.ds_config import DeepSpeedConfig
 from homodistil.errors import ConfigError, DataError, HomodistilError, ModelError, ShapeError
 from homodistil.models.loading import load_model
-from homodistil.opening import plan_run
+from homodistil.run_plan import plan_run
 from tests import fixtures
 
 ZERO2 = Path(__file__).parents[2] / "ds_configs" / "zero2.json"
