@@ -31,8 +31,8 @@ class _CrossEntropyAndSparseDivergence(torch.autograd.Function):
     """The student in two parts: p at the target's ids, its head, and the mass P of all others, the rest.
 
     P is added up from logits of its own, never 1 - sum of p: where the head has nearly everything, nothing would be
-    left of that. With target masses m and t, d KL/dz is (p - m) / T in the head and r (P - t) / T in the rest, where r is
-    the softmax of the rest alone. Nothing there can overflow, however small P is.
+    left of that. With target masses m and t, d KL/dz is (p - m) / T in the head and r (P - t) / T in the rest, where r
+    is the softmax of the rest alone. Nothing there can overflow, however small P is.
     """
 
     @staticmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from homodistil.kernels import vocabulary
 from homodistil.kernels.sparse_vocabulary import cross_entropy_and_sparse_divergence
@@ -26,7 +27,7 @@ def _logits(seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
 def _labels(targets: SparseTargets) -> Tensor:
     """Every other one is an id that the target has kept."""
     labels = torch.randint(WORDS, (SLOTS,), generator=torch.Generator().manual_seed(5))
-    labels[::2] = targets.ids[::2, -1]
+    labels[::2] = targets.ids[::2, 0]
     return labels
 
 
@@ -41,14 +42,24 @@ def _drawn(teacher: Tensor, temperature: float = 1.0) -> SparseTargets:
     """Three ids by their counts of eight, two slots unused, no tail, and the teacher's entropy."""
     q = (teacher / temperature).softmax(-1)
     ids = q.topk(5).indices
-    ids[:, 3:] = torch.tensor([ids[0, 2], 0])  # what an unused slot says does not matter
+    ids[:, 3:] = torch.tensor([ids[0, 2], 0])
     mass = torch.tensor([4.0, 3, 1, 0, 0], dtype=teacher.dtype).expand(SLOTS, -1) / 8
     none = torch.full((SLOTS,), -torch.inf, dtype=teacher.dtype)
     return SparseTargets(ids, mass.log(), none, (q * q.log()).sum(-1))
 
 
 def _targets(kept: int, temperature: float = 1.0) -> SparseTargets:
-    return _kept(_logits(1), kept, temperature) if kept else _drawn(_logits(1), temperature)
+    """The most probable; one of them beside two unused slots; none: drawn ones."""
+    if not kept:
+        return _drawn(_logits(1), temperature)
+    targets = _kept(_logits(1), kept, temperature)
+    return _with_unused(targets) if kept == 1 else targets
+
+
+def _with_unused(targets: SparseTargets) -> SparseTargets:
+    """What such a slot says does not matter."""
+    ids = torch.cat([targets.ids, torch.tensor([[0, 5]]).expand(SLOTS, -1)], dim=-1)
+    return targets._replace(ids=ids, log_mass=F.pad(targets.log_mass, (0, 2), value=-torch.inf))
 
 
 def _twin(student: Tensor, targets: SparseTargets, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

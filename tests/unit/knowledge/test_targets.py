@@ -139,6 +139,12 @@ def test_an_id_that_was_drawn_several_times_has_one_slot_and_unused_slots_come_l
         assert len(set(ids[: sum(used)])) == sum(used)
 
 
+def test_each_draw_is_from_its_own_part_of_the_distribution_in_a_large_vocabulary_too() -> None:
+    arrays = Draws(1_000).encode(torch.zeros(3, 100_000), keys(3))
+    assert (arrays["ids"] // 100 == np.arange(1_000)).all()
+    assert len(np.unique(arrays["ids"] % 100)) == 100
+
+
 def test_what_has_no_probability_is_never_drawn() -> None:
     teacher = logits()
     teacher[:, ::3] = -torch.inf
