@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,6 +75,25 @@ class Batch:
         return Counts(
             torch.stack([self.weights.double().sum(), compared.sum(), pairs.sum(), ((pairs + lengths) / 2).sum()])
         )
+
+
+Attach = Callable[[Batch], Batch]
+
+
+def unchanged(batch: Batch) -> Batch:
+    """An `Attach` that attaches nothing."""
+    return batch
+
+
+class Piece(NamedTuple):
+    """Consecutive examples under one masking, as a teacher is asked about them for a cache."""
+
+    masking: int
+    number: int
+    """Of the pieces of that masking."""
+    start: int
+    """Number of the first example."""
+    stop: int
 
 
 @dataclass(frozen=True)

@@ -205,6 +205,21 @@ def check_filters(blueprint: Blueprint) -> None:
             )
 
 
+def check_cache(run: RunConfig) -> None:
+    """What a cache can hold of a teacher that there is."""
+    if run.cache.path is None or run.filters.of is not None:
+        return
+    if run.teacher.path is None:
+        raise ConfigError(f"cache.path is {run.cache.path}, but there is no teacher. Set teacher.path, or drop it.")
+    if run.objective.attention.weight > 0:
+        raise ConfigError(
+            f"objective.attention.weight is {run.objective.attention.weight}, but a cache never holds attention, which "
+            "takes hundreds of times what all else does. Set it to 0, or drop cache.path."
+        )
+    if run.knowledge.padding:
+        raise ConfigError("knowledge.padding is true, but a cache holds nothing of padding. Drop it, or cache.path.")
+
+
 def check_length(run: RunConfig, config: PretrainedConfig, length: int) -> None:
     """Whether the model has a position for every token, and every masked sequence a token that is scored."""
     limit, probability, task = config.max_position_embeddings, run.data.mask_probability, run.task.task

@@ -65,6 +65,10 @@ class LearnFilters(RunConfig, FilterLaunch):
     """Learn task-aware filters (TED, stage I) with the recipe of the run that will compare them."""
 
 
+class CacheTeacher(RunConfig, Launch):
+    """Write the teacher's knowledge that a recipe asks for to cache.path, so that the run needs no teacher."""
+
+
 class FineTune(RunConfig, SeededLaunch):
     """Train a model on a task of GLUE or on SQuAD, with or without a teacher. Flags override the recipe."""
 
@@ -157,6 +161,15 @@ def learn_filters(arguments: Sequence[str]) -> None:
     stage_one.learn_filters(run, launch.of, student, teacher)
 
 
+def cache_teacher(arguments: Sequence[str]) -> None:
+    """Ask a teacher once about everything, and write down what it says."""
+    launch, run, student, teacher = _launched(CacheTeacher, Launch, "homodistil cache-teacher", arguments, "hsk_cached")
+
+    from homodistil import caching
+
+    caching.cache_teacher(run, student, teacher, launch.dry_run)
+
+
 def finetune(arguments: Sequence[str]) -> None:
     """Train a model on GLUE or SQuAD, with or without a teacher."""
     launch, run, student, teacher = _launched(FineTune, SeededLaunch, "homodistil finetune", arguments, "finetune")
@@ -227,6 +240,7 @@ def verify_shards(arguments: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "pretrain": pretrain,
     "learn-filters": learn_filters,
+    "cache-teacher": cache_teacher,
     "finetune": finetune,
     "plan": plan,
     "measure-weights": measure_weights,

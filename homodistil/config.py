@@ -488,6 +488,11 @@ class RunConfig(Section):
         return run
 
     @property
+    def has_live_teacher(self) -> bool:
+        """Whether the teacher's model runs beside the student."""
+        return self.teacher.path is not None and self.cache.path is None
+
+    @property
     def mask_seed(self) -> int:
         return self.run.seed if self.data.mask_seed is None else self.data.mask_seed
 

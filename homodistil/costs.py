@@ -74,8 +74,10 @@ def micro_batch_cost(
         teacher = _on_meta(FrozenModel(whole, family, blueprint.compared), dtype)
     for parameter in student.parameters():  # ZeRO takes a gradient as soon as it is there
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
+    is_live = blueprint.run.has_live_teacher
+    recorded = teacher(*as_tuple(rows) or ()) if teacher and not is_live else None
     with FlopCounterMode(display=False) as products, _Counter() as counter:
-        knowledge = teacher(*as_tuple(rows) or ()) if teacher else None
+        knowledge = teacher(*as_tuple(rows) or ()) if teacher and is_live else recorded
         total, _ = student(as_tuple(rows), knowledge, torch.ones(4, dtype=torch.float64, device="meta"))
         forward = products.get_total_flops()
         total.backward()
@@ -93,7 +95,7 @@ def micro_batch_cost(
         activations=counter.peak,
         parameters=sum(trained),
         largest=max(trained),
-        teacher_parameters=sum(p.numel() for p in teacher.parameters()) if teacher else 0,
+        teacher_parameters=sum(p.numel() for p in teacher.parameters()) if teacher and is_live else 0,
     )
 
 

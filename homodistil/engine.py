@@ -222,12 +222,13 @@ class TeacherEngine:
         compared: Compared | None = None,
         filters: Path | None = None,
         selection: Selection | None = None,
+        recorded: bool = False,
     ) -> None:
         """Collective. `settings`: DeepSpeed JSON of a ZeRO-3 engine, or None for a replica, which can be compiled.
-        compared, filters, selection: what it hands over, as FrozenModel has it."""
+        compared, filters, selection, recorded: what it hands over, as FrozenModel has it."""
         self.config: PretrainedConfig = model.config
         self.parameters = sum(p.numel() for p in model.parameters())
-        module = FrozenModel(model, family, compared, filters, selection)
+        module = FrozenModel(model, family, compared, filters, selection, recorded)
         if compiled:
             compile_encoder(model)
         self._engine = None

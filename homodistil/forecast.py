@@ -120,7 +120,7 @@ def update_flops(plan: Plan, widths: Widths) -> float:
         return 2 * (layers * layer + head)
 
     config = plan.blueprint.teacher_config
-    teacher = per_token(plan.family.widths(config), plan.family.layers(config)) if plan.run.teacher.path else 0.0
+    teacher = per_token(plan.family.widths(config), plan.family.layers(config)) if plan.run.has_live_teacher else 0.0
     return plan.tokens_per_update * (3 * per_token(widths, plan.start.layers) + teacher)
 
 

@@ -10,7 +10,8 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
-from homodistil.batch import Batch
+from homodistil.batch import Attach, Batch, unchanged
+from homodistil.cache_plan import SMALLEST_HELD_OUT, identity, layouts, load_head
 from homodistil.checkpoint import Checkpoints
 from homodistil.checks import Source, is_sharded
 from homodistil.config import RunConfig
@@ -23,6 +24,8 @@ from homodistil.engine import StudentEngine, TeacherEngine
 from homodistil.errors import ConfigError
 from homodistil.hardware import matrix_product_flops
 from homodistil.health import Health
+from homodistil.knowledge.cached import Cache, CachedTeacher
+from homodistil.knowledge.teacher import Teacher
 from homodistil.knowledge.variances import hidden_variances
 from homodistil.metrics import Metrics
 from homodistil.models.loading import load_model, new_model
@@ -33,9 +36,6 @@ from homodistil.resume import RunState, resume
 from homodistil.run_plan import Plan, tokenizer_directory
 from homodistil.summary import FILE as SUMMARY
 from homodistil.tasks import LanguageTask
-
-VARIANCE_SEQUENCES = 128
-"""Held-out examples that the variance of the teacher's states is measured on."""
 
 
 def provide_data(run: RunConfig, ranks: Ranks) -> Source:
@@ -73,7 +73,7 @@ class Training:
     update: int
     """Completed updates."""
     stream: Stream | TaskStream
-    teacher: TeacherEngine | None
+    teacher: TeacherEngine | CachedTeacher | None
     student: StudentEngine
     pruner: PruningCoordinator
     checkpoints: Checkpoints
@@ -93,9 +93,8 @@ def open_training(plan: Plan, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> Trai
     identity = ranks.once(lambda: plan.identity)
     state = resume(run, identity, ranks) or RunState(update=0, shape=plan.start)
     ranks.once(lambda: run.save(run.run.path / "run.yaml"))
-    stream = open_stream(plan, ranks, state.bad_shards)
+    teacher, stream = open_teacher_and_stream(plan, teacher_ds, ranks, state.bad_shards)
     held_out = stream.validation(run.validation.sequences, run.data.micro_batch)
-    teacher = open_teacher(plan, teacher_ds, ranks)
     plan, variances = with_variances(plan, teacher, stream, ranks)
     student = open_student(plan, state, ranks)
     checkpoints = Checkpoints(run, identity, ranks, state.update)
@@ -125,33 +124,65 @@ def forget_ending(run: RunConfig) -> None:
     (run.run.path / SUMMARY).unlink(missing_ok=True)
 
 
-def open_stream(plan: Plan, ranks: Ranks, bad_shards: Iterable[str] = ()) -> Stream | TaskStream:
-    """The run's batches, in its own order."""
+def open_teacher_and_stream(
+    plan: Plan, teacher_ds: DeepSpeedConfig, ranks: Ranks, bad_shards: Iterable[str] = ()
+) -> tuple[TeacherEngine | CachedTeacher | None, Stream | TaskStream]:
+    """The run's teacher, and its batches, which bring along what was recorded of it. Collective."""
+    teacher = open_teacher(plan, teacher_ds, ranks)
+    attach = teacher.attach if isinstance(teacher, CachedTeacher) else unchanged
+    return teacher, open_stream(plan, ranks, bad_shards, attach)
+
+
+def open_stream(
+    plan: Plan, ranks: Ranks, bad_shards: Iterable[str] = (), attach: Attach = unchanged
+) -> Stream | TaskStream:
+    """The run's batches, in its own order. attach: what is done with each at last."""
     run = plan.run
     if isinstance(plan.source, TaskData):
-        return TaskStream(plan.source, run.data, run.run.seed, ranks, last_token=plan.family.causal)
-    return Stream(run.data, run.run.seed, ranks, bad_shards)
+        return TaskStream(plan.source, run.data, run.run.seed, ranks, plan.family.causal, attach)
+    return Stream(run.data, run.run.seed, ranks, bad_shards, run.mask_seed, attach)
 
 
-def open_teacher(plan: Plan, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> TeacherEngine | None:
-    """The frozen engine beside the student's, or None for plain training. Collective."""
-    run, blueprint = plan.run, plan.blueprint
+def open_teacher(plan: Plan, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> TeacherEngine | CachedTeacher | None:
+    """The frozen engine beside the student's, or what was recorded of it; None for plain training. Collective."""
+    run = plan.run
     if run.teacher.path is None:
         return None
-    model = load_model(run.teacher.path, plan.dtype, blueprint.attention, plan.task)
+    if run.cache.path is not None:
+        return cached_teacher(plan, ranks)
+    model = load_model(run.teacher.path, plan.dtype, plan.blueprint.attention, plan.task)
+    return live_teacher(plan, model, teacher_ds, ranks)
+
+
+def live_teacher(
+    plan: Plan, model: PreTrainedModel, teacher_ds: DeepSpeedConfig, ranks: Ranks, recorded: bool = False
+) -> TeacherEngine:
+    """An engine over the run's teacher. recorded: for a cache. Collective."""
+    run, blueprint = plan.run, plan.blueprint
     sharded = is_sharded(run, ranks.world_size)
-    settings = teacher_ds.resolved(run, ranks.world_size) if sharded else None
     filtered = run.objective.hidden.aligner == "filter" and run.objective.hidden.weight > 0
     return TeacherEngine(
         model,
         plan.family,
         ranks,
-        settings,
+        teacher_ds.resolved(run, ranks.world_size) if sharded else None,
         compiled=run.performance.compile,
         compared=blueprint.compared,
         filters=run.teacher.filters if filtered else None,
         selection=blueprint.selection,
+        recorded=recorded,
     )
+
+
+def cached_teacher(plan: Plan, ranks: Ranks) -> CachedTeacher:
+    """What cache_teacher.py wrote for this run. Raises `CacheError` on all ranks. Collective."""
+    folder, rows = plan.run.cache.path, layouts(plan)
+    assert folder is not None
+    wanted = ranks.once(lambda: identity(plan))
+    ranks.once(lambda: Cache.open(folder, wanted) and None)
+    head = load_head(plan, folder, ranks.device) if plan.task.is_language_modeling else None
+    config, cache = plan.blueprint.teacher_config, Cache.open(folder, wanted)
+    return CachedTeacher(cache, config, plan.family, rows.training, rows.validation, head)
 
 
 def open_student(plan: Plan, state: RunState, ranks: Ranks) -> StudentEngine:
@@ -176,14 +207,14 @@ def first_model(plan: Plan) -> PreTrainedModel:
 
 
 def with_variances(
-    plan: Plan, teacher: TeacherEngine | None, stream: Stream | TaskStream, ranks: Ranks
+    plan: Plan, teacher: Teacher | None, stream: Stream | TaskStream, ranks: Ranks
 ) -> tuple[Plan, tuple[float, ...]]:
     """The variances of the teacher's compared states, and the plan that divides by them, for pre-norm families.
     Measured on the same held-out examples whatever the run validates on, so that a resume does as before. Collective.
     """
     if teacher is None or plan.run.objective.hidden.weight == 0:
         return plan, ()
-    batches = stream.validation(VARIANCE_SEQUENCES, plan.run.data.micro_batch)
+    batches = stream.validation(SMALLEST_HELD_OUT, plan.run.data.micro_batch)
     variances = hidden_variances(teacher, batches, ranks, plan.blueprint.teacher_width)
     if plan.family.pre_norm:
         plan = replace(plan, blueprint=replace(plan.blueprint, hidden_variances=variances))

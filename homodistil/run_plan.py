@@ -86,6 +86,7 @@ def plan_run(run: RunConfig, source: Source, ds_config: DeepSpeedConfig, world_s
     run = _with_updates(run, source)
     checks.check_batches(run, source, ds_config, world_size)
     checks.check_destination(run)
+    checks.check_cache(run)
     checks.check_tokenizer(run, source)
     blueprint = replace(draw_blueprint(run, source.vocab_size), sep=source.sep_token_id)
     for config in (blueprint.config, blueprint.teacher_config):

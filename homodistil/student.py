@@ -168,8 +168,10 @@ class Student(nn.Module):
 
 
 def as_tuple(value: Batch | Signals | None) -> tuple[object, ...] | None:
-    """The fields of a batch or of signals, in order."""
-    return None if value is None else tuple(getattr(value, field.name) for field in fields(value))
+    """The fields of a batch or of signals, in order; what a cached teacher said of a batch is not a model's input."""
+    if value is None:
+        return None
+    return tuple(getattr(value, field.name) for field in fields(value) if field.name != "recorded")
 
 
 def _aligners(blueprint: Blueprint, shape: StudentShape) -> nn.ModuleList:

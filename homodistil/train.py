@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from homodistil.batch import Batch
 from homodistil.claim import Claim
 from homodistil.closing import finish, leave
 from homodistil.config import RunConfig
@@ -82,7 +81,7 @@ def distil(training: Training, preemption: Preemption, watchdog: Watchdog) -> St
             record(training, losses, rate)
             stop = training.health.check(update, losses, training.student.gradient_norm)
             if prune := training.pruner.plan(update):  # collective: one plan, agreed by all
-                shrink(training, prune, batch)
+                shrink(training, prune)
             if update % run.validation.every == 0 or update == last:
                 validate(training)
             stop = stop or preemption.check(update, ranks)
@@ -113,10 +112,10 @@ def validate(training: Training) -> None:
     training.metrics.validation(training.update, vars(training.validation))
 
 
-def shrink(training: Training, plan: PrunePlan, batch: Batch) -> None:
-    """The narrower student in place of the wider one; the jump in KL that the prune alone caused, on one batch, is
-    logged. Collective."""
-    started, probe, teacher = time.perf_counter(), batch.rows(0, training.plan.run.data.micro_batch), training.teacher
+def shrink(training: Training, plan: PrunePlan) -> None:
+    """The narrower student in place of the wider one; the jump in KL that the prune alone caused, on one held-out
+    batch, is logged. Collective."""
+    started, probe, teacher = time.perf_counter(), training.held_out[0], training.teacher
     before = training.student.validate([probe], teacher)
     training.student = training.student.shrunk(plan)
     training.pruner.rebase(training.student.groups)

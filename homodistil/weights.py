@@ -17,9 +17,10 @@ from torch import Tensor
 from homodistil.batch import Batch
 from homodistil.config import ObjectiveConfig, RunConfig
 from homodistil.ds_config import DeepSpeedConfig
-from homodistil.engine import StudentEngine, TeacherEngine, started_ranks
+from homodistil.engine import StudentEngine, started_ranks
 from homodistil.errors import ConfigError
-from homodistil.opening import open_stream, open_student, open_teacher, provide_data, with_variances
+from homodistil.knowledge.teacher import Teacher
+from homodistil.opening import open_student, open_teacher_and_stream, provide_data, with_variances
 from homodistil.progress import Bar, progress_bar
 from homodistil.pruning.coordinator import PruningCoordinator
 from homodistil.pruning.ladder import Ladder
@@ -53,10 +54,9 @@ def measure_weights(run: RunConfig, ds_config: DeepSpeedConfig, teacher_ds_confi
 
 def settled_norms(plan: Plan, teacher_ds_config: DeepSpeedConfig, ranks: Ranks) -> dict[str, float]:
     """Gradient norm of each term for the student after the first rung and `SETTLING` updates. Collective."""
-    teacher = open_teacher(plan, teacher_ds_config, ranks)
+    teacher, stream = open_teacher_and_stream(plan, teacher_ds_config, ranks)
     assert teacher is not None
     settling = plan.ladder.rungs[0].update + SETTLING
-    stream = open_stream(plan, ranks)
     plan, _ = with_variances(plan, teacher, stream, ranks)
     batches = stream.updates(0, settling + UPDATES)
     with progress_bar("settling", settling, "update", shown=ranks.is_first) as bar:
@@ -69,7 +69,7 @@ def settled_norms(plan: Plan, teacher_ds_config: DeepSpeedConfig, ranks: Ranks) 
 
 
 def _settled(
-    plan: Plan, ranks: Ranks, teacher: TeacherEngine, batches: Iterable[tuple[int, Batch]], bar: Bar
+    plan: Plan, ranks: Ranks, teacher: Teacher, batches: Iterable[tuple[int, Batch]], bar: Bar
 ) -> StudentEngine:
     """train.py's loop, the ladder cut after its first rung."""
     run, ladder = plan.run, Ladder(plan.ladder.rungs[:1])
@@ -87,7 +87,7 @@ def _settled(
 
 
 def gradient_norms(
-    module: Student, teacher: TeacherEngine, config: ObjectiveConfig, batches: list[Batch], ranks: Ranks
+    module: Student, teacher: Teacher, config: ObjectiveConfig, batches: list[Batch], ranks: Ranks
 ) -> dict[str, float]:
     """Norm of the gradient of each term that has a weight, unweighted, with respect to the student's model, over all
     `batches` and ranks. `module`: a whole fp32 student in each rank. Collective."""
@@ -108,7 +108,7 @@ def _add_gradients(
     module: Student,
     parameters: list[torch.nn.Parameter],
     batch: Batch,
-    teacher: TeacherEngine,
+    teacher: Teacher,
     ranks: Ranks,
 ) -> None:
     counts = ranks.sum(batch.counts(module.selection.count(batch)).vector)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from homodistil.batch import Batch
+from homodistil.batch import VALIDATION, Attach, Batch, Piece, unchanged
 from homodistil.config import DataConfig, TaskConfig
 from homodistil.data.encoded import Encoded, Integers, encode, gather, has_types
 from homodistil.data.glue import Example, Split, read_glue
@@ -35,6 +35,8 @@ from homodistil.tasks import Task
 
 T = TypeVar("T")
 
+PIECE = 4096
+"""Examples of a cache's file."""
 TRAIN_AND_VALIDATION: tuple[Split, ...] = ("train", "validation")
 
 
@@ -111,12 +113,20 @@ def updates_for(epochs: float, examples: int, global_batch: int) -> int:
 class TaskStream:
     """Batches of a benchmark's examples; what data/stream.py's `Stream` is for shards, with the same methods."""
 
-    def __init__(self, data: TaskData, config: DataConfig, seed: int, ranks: Ranks, last_token: bool = False):
-        """last_token: the scored slot is an example's last token, for causal models. Raises `ConfigError` for a global
-        batch that the ranks cannot share."""
+    def __init__(
+        self,
+        data: TaskData,
+        config: DataConfig,
+        seed: int,
+        ranks: Ranks,
+        last_token: bool = False,
+        attach: Attach = unchanged,
+    ):
+        """last_token: the scored slot is an example's last token, for causal models. attach: what is done with a batch
+        at last. Raises `ConfigError` for a global batch that the ranks cannot share."""
         micro_batch_size(config.global_batch, config.micro_batch, ranks.world_size)  # refuses what does not divide
         self._data, self._seed, self._ranks, self._last_token = data, seed, ranks, last_token
-        self._global_batch = config.global_batch
+        self._global_batch, self._attach = config.global_batch, attach
         self._order = lru_cache(maxsize=2)(self._epoch)  # a batch seldom touches more
 
     @property
@@ -133,7 +143,7 @@ class TaskStream:
             numbers = self._numbers(update)
             width = self._data.splits["train"].width(numbers, self._data.sequence_length)
             rows = numbers[self._ranks.rank :: self._ranks.world_size]
-            yield update + 1, self._pinned(self._data.batch("train", rows, width, self._last_token))
+            yield update + 1, self._pinned(self._attach(self._data.batch("train", rows, width, self._last_token)))
 
     def validation(self, sequences: int, micro_batch: int) -> list[Batch]:
         """This rank's share of `sequences` validation examples (all, if there are fewer), drawn once for all runs.
@@ -148,10 +158,32 @@ class TaskStream:
         batches = []
         for start in range(0, len(places), micro_batch):
             part = places[start : start + micro_batch]
-            batch = self._data.batch("validation", drawn[part % len(drawn)], last_token=self._last_token)
+            batch = self._attach(self._held_out(drawn[part % len(drawn)]))
             batch.weights[part >= len(drawn)] = 0
             batches.append(batch)
         return batches
+
+    def _held_out(self, numbers: Integers) -> Batch:
+        return replace(self._data.batch("validation", numbers, last_token=self._last_token), masking=VALIDATION)
+
+    def pieces(self, maskings: int, held_out: int) -> list[Piece]:
+        """All there is to say of the examples: of the validation split too, and nothing is masked."""
+        splits: list[tuple[int, Split]] = [(VALIDATION, "validation"), (0, "train")]
+        starts = {masking: range(0, self._data.count(split), PIECE) for masking, split in splits}
+        return [
+            Piece(masking, number, start, min(start + PIECE, self._data.count(split)))
+            for masking, split in splits
+            for number, start in enumerate(starts[masking])
+        ]
+
+    def examples(self, piece: Piece, micro_batch: int) -> Iterator[Batch]:
+        """A piece's examples in order of their numbers, each micro-batch as wide as its longest."""
+        for start in range(piece.start, piece.stop, micro_batch):
+            numbers = np.arange(start, min(start + micro_batch, piece.stop))
+            if piece.masking == VALIDATION:
+                yield self._held_out(numbers)
+            else:
+                yield self._data.batch("train", numbers, last_token=self._last_token)
 
     def _numbers(self, update: int) -> Integers:
         """(global batch,): the examples of the update after `update` completed ones."""

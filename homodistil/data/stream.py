@@ -11,13 +11,14 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from homodistil.batch import Batch
+from homodistil.batch import VALIDATION, Attach, Batch, Piece, unchanged
 from homodistil.config import DataConfig
 from homodistil.data.causal import CausalScorer
 from homodistil.data.hashing import Purpose, permutation
@@ -38,10 +39,20 @@ class Stream:
     """Batches of a folder of shards, masked or with each next token as a label, by what the shards were built for.
     Raises `ConfigError` or `DataError` where the sizes do not divide."""
 
-    def __init__(self, config: DataConfig, seed: int, ranks: Ranks, bad_shards: Iterable[str] = ()):
-        """bad_shards: those that an earlier process of this run found, so that the same ones are replaced."""
+    def __init__(
+        self,
+        config: DataConfig,
+        seed: int,
+        ranks: Ranks,
+        bad_shards: Iterable[str] = (),
+        mask_seed: int | None = None,
+        attach: Attach = unchanged,
+    ):
+        """bad_shards: those that an earlier process of this run found, so that the same ones are replaced. mask_seed:
+        decides the masks, by default `seed`. attach: what the worker does with a batch at last."""
         self.index = ShardIndex.load(config.shards, check_files=config.on_bad_shard == "stop")
         self._config, self._seed, self._ranks = config, seed, ranks
+        self._mask_seed, self._attach = seed if mask_seed is None else mask_seed, attach
         self._bad = BadShards(config.on_bad_shard == "replace", bad_shards)
         check_divisions(config, self.index, ranks.world_size)
         self._rows = config.global_batch // config.lanes  # of a lane in an update
@@ -103,7 +114,7 @@ class Stream:
         everyone = self._ranks.gather((str(error) if error else "", self._bad.found))
         faults = [words for words, _ in everyone if words]
         if faults:
-            raise ShardError("\n".join([*faults, "To go on without such shards: --data.on_bad_shard replace."]))
+            raise ShardError("\n".join(faults))
         news = {name: fault for _, found in everyone for name, fault in found.items()}
         for name in news.keys() - set(self._bad.agreed) if self._ranks.is_first else ():
             logger.warning("bad shard replaced by the one read before it: %s", news[name])
@@ -119,8 +130,13 @@ class Stream:
         epoch, position = divmod(update, self.updates_per_epoch)
         shares = [lane.rows(epoch, position * self._rows, self._rows) for lane in self._lanes]
         sequences, samples = (np.concatenate(parts) for parts in zip(*shares, strict=True))
-        batch = self._score(sequences, samples, *training_masks(self._seed, epoch))
+        masking = epoch % self._config.maskings if self._config.maskings else epoch
+        batch = self._attach(self._masked(sequences, samples, masking))
         return batch.pin_memory() if self._ranks.device.type == "cuda" else batch
+
+    def _masked(self, sequences: Sequences, samples: Numbers, masking: int) -> Batch:
+        key = VALIDATION_MASKS if masking == VALIDATION else training_masks(self._mask_seed, masking)
+        return replace(self._score(sequences, samples, *key), masking=masking)
 
     def validation(self, sequences: int, micro_batch: int) -> list[Batch]:
         """This rank's share of the first held-out sequences (all, if there are fewer), with masks that never change.
@@ -128,13 +144,33 @@ class Stream:
         Every rank gets equally many batches of equal sizes, since a sharded model's forwards are collective: a short
         share is filled up with rows of weight 0. Sums over ranks of weighted scores are those of one rank.
         """
-        parts = [read_shard(self._config.shards, self.index, entry) for entry in self.index.splits["validation"]]
-        held_out = np.concatenate(parts)[:sequences]
+        held_out = self._held_out()[:sequences]
         rank, world_size = self._ranks.rank, self._ranks.world_size
         numbers = rank + world_size * np.arange(-(-len(held_out) // world_size))
-        batch = self._score(held_out[numbers % len(held_out)], numbers % len(held_out), *VALIDATION_MASKS)
+        numbers_here = numbers % len(held_out)
+        batch = self._attach(self._masked(held_out[numbers_here], numbers_here, VALIDATION))
         batch.weights[torch.from_numpy(numbers >= len(held_out))] = 0
         return list(batch.micro_batches(micro_batch))
+
+    def _held_out(self) -> Sequences:
+        entries = self.index.splits["validation"]
+        return np.concatenate([read_shard(self._config.shards, self.index, entry) for entry in entries])
+
+    def pieces(self, maskings: int, held_out: int) -> list[Piece]:
+        """What there is to say of the corpus under so many maskings, and of the first `held_out` sequences."""
+        size = self.index.splits["train"][0].sequences
+        shards = range(len(self.index.splits["train"]))
+        count = min(held_out, self.index.sequences("validation"))
+        training = [Piece(m, s, s * size, (s + 1) * size) for m in range(maskings) for s in shards]
+        return [Piece(VALIDATION, 0, 0, count), *training]
+
+    def examples(self, piece: Piece, micro_batch: int) -> Iterator[Batch]:
+        """A piece's sequences in order of their numbers. Raises `DataError`."""
+        if piece.masking == VALIDATION:
+            sequences = self._held_out()[: piece.stop]
+        else:
+            sequences = read_shard(self._config.shards, self.index, self.index.splits["train"][piece.number])
+        yield from self._masked(sequences, np.arange(piece.start, piece.stop), piece.masking).micro_batches(micro_batch)
 
 
 class Lane:
@@ -195,7 +231,7 @@ class BadShards:
     def add(self, name: str, error: DataError) -> None:
         """Remember a bad shard. Raises `error` if the run is to stop at one."""
         if not self._replaced:
-            raise error
+            raise DataError(f"{error}\nTo go on without such shards: --data.on_bad_shard replace.") from error
         self.found = {**self.found, name: str(error)}  # a new dict: the main thread may be reading the old one
 
     @property

@@ -77,7 +77,10 @@ class Recording:
             predictions = "states"
         elif is_language:
             draws = config.logits == "draws"
-            predictions, codec = "targets", Draws(config.draws, temperature) if draws else TopK(config.top_k, temperature)
+            predictions, codec = (
+                "targets",
+                Draws(config.draws, temperature) if draws else TopK(config.top_k, temperature),
+            )
         values = VALUE_CODECS[config.values]
         seed = selection.seed
         return cls(selection, states, tokens, slots, vocabulary, values, predictions, codec, dtype, seed)

@@ -28,8 +28,6 @@ from homodistil.sparse_targets import SparseTargets, negative_entropy
 class TargetCodec(Protocol):
     """(N, V) logits to arrays of N rows, and to `SparseTargets`. Rows do not influence each other."""
 
-    temperature: float
-
     def encode(self, logits_NV: Tensor, keys_N: Hashes) -> Arrays:
         """`keys_N`: a hash of each slot, from which random choices follow and from nothing else. Raises ModelError for
         logits that are no distribution's."""

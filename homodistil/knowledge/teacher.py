@@ -13,6 +13,7 @@ from homodistil.batch import Batch
 from homodistil.knowledge.filters import FilterSet
 from homodistil.knowledge.selection import Selection
 from homodistil.models.base import ModelFamily
+from homodistil.models.heads import at_slots
 from homodistil.signals import Compared, Knowledge
 
 
@@ -42,12 +43,14 @@ class FrozenModel(nn.Module):
         compared: Compared | None = None,
         filters: Path | None = None,
         selection: Selection | None = None,
+        recorded: bool = False,
     ) -> None:
         """compared: whose hidden states and attention are handed over, all by default. filters: folder of the
-        model's, through which these states go first. selection: which part of what comes out."""
+        model's, through which these states go first. selection: which part of what comes out. recorded: for a cache,
+        which may hold the last hidden states in place of logits."""
         super().__init__()
         self.model = model.eval().requires_grad_(False)
-        self.family, self.compared = family, compared
+        self.family, self.compared, self.recorded = family, compared, recorded
         own = [FilterSet.load(filters).filter(layer) for layer in compared.teacher] if compared and filters else []
         self.filters = nn.ModuleList(own).to(model.dtype).requires_grad_(False)
         self.selection = None if selection is None or selection.is_everything else selection
@@ -65,4 +68,5 @@ class FrozenModel(nn.Module):
             states = tuple(let_through(state) for let_through, state in zip(self.filters, states, strict=True))
         if self.selection is not None and self.compared is not None:
             states, kept = self.selection.parts(states, self.compared.teacher_states, whole, rows, self.fixed_units)
-        return states, signals.queries_keys, signals.attention_scale, signals.logits, kept
+        final = at_slots(whole.hidden_states[-1], rows) if self.recorded else None
+        return states, signals.queries_keys, signals.attention_scale, signals.logits, kept, None, final

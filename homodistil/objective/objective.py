@@ -19,12 +19,14 @@ from homodistil.config import ObjectiveConfig, PerformanceConfig
 from homodistil.errors import ConfigError
 from homodistil.kernels import gram_attention
 from homodistil.kernels.gram_attention import QueriesKeys, ScoreDifference
+from homodistil.kernels.sparse_vocabulary import cross_entropy_and_sparse_divergence
 from homodistil.kernels.vocabulary import cross_entropy_and_divergence
 from homodistil.models.heads import at_tokens
 from homodistil.models.shape import StudentShape
 from homodistil.objective import losses
 from homodistil.objective.pairing import HeadPairing
 from homodistil.signals import Kept, Signals
+from homodistil.sparse_targets import SparseTargets
 from homodistil.tasks import Kind
 
 
@@ -102,18 +104,22 @@ class Objective(nn.Module):
 
     def _kl(self, student: Signals, teacher: Signals, batch: Batch, counts: Counts) -> Tensor:
         temperature = 1.0 if self.kind == "regression" else self.config.kl.temperature
-        distance = losses.task_divergence(self.kind, student.logits, teacher.logits, batch.weights, temperature)
+        if teacher.targets is not None:
+            student_log_p = losses.log_probabilities(student.logits, temperature)
+            distance = losses.sparse_divergence(student_log_p, teacher.targets, batch.weights)
+        else:
+            distance = losses.task_divergence(self.kind, student.logits, teacher.logits, batch.weights, temperature)
         return over(temperature**2 * distance, counts.scored)
 
     def _task_and_kl(self, student: Signals, teacher: Signals, batch: Batch, counts: Counts) -> dict[str, Tensor]:
         temperature = self.config.kl.temperature
-        task, divergence = cross_entropy_and_divergence(
-            student.logits.flatten(0, 1),
-            teacher.logits.flatten(0, 1),
-            batch.labels.flatten(),
-            batch.weights.flatten(),
-            temperature,
-        )
+        logits, labels, weights = student.logits.flatten(0, 1), batch.labels.flatten(), batch.weights.flatten()
+        if teacher.targets is not None:
+            targets = SparseTargets(*(part.flatten(0, 1) for part in teacher.targets))
+            task, divergence = cross_entropy_and_sparse_divergence(logits, targets, labels, weights, temperature)
+        else:
+            theirs = teacher.logits.flatten(0, 1)
+            task, divergence = cross_entropy_and_divergence(logits, theirs, labels, weights, temperature)
         return {"task": over(task, counts.scored), "kl": over(temperature**2 * divergence, counts.scored)}
 
     def _hidden(

@@ -1,0 +1,127 @@
+"""What a run asks of a cache: whose knowledge, of what, in which layout. The same for its writer and its readers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from homodistil.config import CacheConfig, RunConfig
+from homodistil.data.examples import TaskData, TaskStream
+from homodistil.data.stream import Stream
+from homodistil.errors import CacheError
+from homodistil.files import write_durably
+from homodistil.knowledge.cached import HEAD
+from homodistil.knowledge.recording import Recording
+from homodistil.models.loading import new_model
+from homodistil.run_plan import Plan
+
+SMALLEST_HELD_OUT = 128
+"""Held-out sequences that a cache has at least: what variances are measured on."""
+
+
+class Layouts(NamedTuple):
+    """Of the two kinds of rows."""
+
+    training: Recording
+    validation: Recording
+    """A language model's last hidden states, whatever training rows hold: what is measured on them is exact."""
+
+
+def layouts(plan: Plan) -> Layouts:
+    """How rows lie in the run's cache."""
+    run, blueprint, source = plan.run, plan.blueprint, plan.source
+    if isinstance(source, TaskData):
+        slots = source.splits["validation"].labels.shape[1]
+        vocabulary = source.sequence_length if plan.task.kind == "span" else plan.task.labels
+    else:
+        tokens = source.sequence_length
+        slots = tokens - 1 if plan.family.causal else round(run.data.mask_probability * tokens)
+        vocabulary = source.vocab_size
+    is_hidden = run.objective.hidden.weight > 0
+
+    def layout(config: CacheConfig) -> Recording:
+        return Recording.of(
+            config,
+            blueprint.selection,
+            states=blueprint.compared.states if is_hidden else 0,
+            tokens=source.sequence_length,
+            slots=slots,
+            vocabulary=vocabulary,
+            dtype=plan.dtype,
+            temperature=run.objective.kl.temperature,
+            is_language=plan.task.is_language_modeling,
+        )
+
+    return Layouts(layout(run.cache), layout(run.cache.model_copy(update={"logits": "states"})))
+
+
+def identity(plan: Plan) -> dict[str, Any]:
+    """What a run and its cache must have in common, by the keys of the configuration where there are."""
+    run, compared = plan.run, plan.blueprint.compared
+    found: dict[str, Any] = {
+        "task.name": run.task.name,
+        "data": plan.source.sha256,
+        "tokenizer": plan.source.tokenizer_sha256,
+        "precision": str(plan.dtype).removeprefix("torch."),
+        **{key: plan.identity[key] for key in ("teacher", "teacher_filters")},
+    }
+    if run.objective.hidden.weight > 0:
+        found |= {"teacher's states": list(compared.teacher_states), "cache.values": run.cache.values}
+        share = run.knowledge.share
+        found |= {"knowledge.keep tokens": share.tokens, "knowledge.keep units": share.units}
+        found |= {"knowledge.tokens": run.knowledge.tokens} if share.tokens else {}
+        found |= {"knowledge.units": run.knowledge.units} if share.units else {}
+    if plan.task.is_language_modeling:
+        found |= {f"data.{key}": getattr(run.data, key) for key in ("mask_probability", "whole_word")}
+        found["cache.logits"] = run.cache.logits
+        if run.cache.logits != "states":
+            number = {"top_k": "top_k", "draws": "draws"}[run.cache.logits]
+            found |= {f"cache.{number}": getattr(run.cache, number)}
+            found["objective.kl.temperature"] = run.objective.kl.temperature
+    if plan.task.is_language_modeling or "random" in (found.get("knowledge.tokens"), found.get("knowledge.units")):
+        found["data.mask_seed"] = run.mask_seed
+    return found
+
+
+def maskings(run: RunConfig, stream: Stream | TaskStream) -> int:
+    """That the run goes through: `data.maskings`, or as many as it has epochs; a benchmark's examples have one."""
+    if isinstance(stream, TaskStream):
+        return 1
+    return run.data.maskings or math.ceil(run.run.updates / stream.updates_per_epoch)
+
+
+def held_out(run: RunConfig) -> int:
+    """Held-out sequences that the run reads, if there are so many."""
+    return max(run.validation.sequences, SMALLEST_HELD_OUT)
+
+
+def save_head(plan: Plan, model: PreTrainedModel, folder: Path) -> None:
+    """The head of a teacher, beside its last hidden states."""
+    weights = {name: weight.detach().cpu().clone() for name, weight in plan.family.head(model).state_dict().items()}
+    write_durably(folder / HEAD, lambda partial: save_file(weights, partial))
+
+
+def load_head(plan: Plan, folder: Path, device: torch.device) -> nn.Module:
+    """The head that `save_head` left. Raises `CacheError`."""
+    blueprint = plan.blueprint
+    slim = blueprint.family.with_layers(blueprint.teacher_config, 1)  # a head does not depend on depth
+    head = plan.family.head(new_model(slim, blueprint.attention, plan.task.kind))
+    try:
+        head.load_state_dict(load_file(folder / HEAD))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CacheError(f"{folder / HEAD}: cannot be read ({error}). Run cache_teacher.py again.") from None
+    return head.to(plan.dtype).to(device).eval().requires_grad_(False)
+
+
+def recorded(plan: Plan) -> Plan:
+    """The plan of a teacher that is recorded: what its student makes of units that are left out is not its affair."""
+    run = plan.run.model_copy(deep=True)
+    run.knowledge.left_out = "ignored"
+    return replace(plan, run=run, blueprint=replace(plan.blueprint, run=run))
