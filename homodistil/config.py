@@ -9,10 +9,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from homodistil.errors import ConfigError
 from homodistil.recipe import Origin, explain, merge, read_recipe, recipe_path
@@ -27,6 +36,13 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", validate_assignment=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _none_takes_a_value_back(cls, value: Any, info: ValidationInfo) -> Any:
+        """`none`, as a command line can say it, for what may be left out."""
+        is_optional = info.field_name and type(None) in get_args(cls.model_fields[info.field_name].annotation)
+        return None if is_optional and isinstance(value, str) and value.lower() == "none" else value
 
 
 class RunSection(Section):
@@ -102,8 +118,6 @@ class TeacherConfig(Section):
             data = {"path": data}
         if isinstance(data, dict) and data.get("path") == "":
             raise ValueError("path is empty; give a model, or `none` for plain training")
-        if isinstance(data, dict) and str(data.get("path")).lower() == "none":
-            data = {**data, "path": None}
         return data
 
 
@@ -297,6 +311,17 @@ class Term(Section):
 
     weight: float = Field(default=1.0, ge=0)
     """Factor of this term in the sum; 0 leaves it out."""
+    start: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the updates after which it counts."""
+    end: float = Field(default=1.0, gt=0, le=1)
+    """Share of the updates after which it no longer counts. Where terms begin or end, another stage of the run begins,
+    with a warm-up and a decay of its own."""
+
+    @model_validator(mode="after")
+    def _starts_before_it_ends(self) -> Term:
+        if self.start >= self.end:
+            raise ValueError(f"start ({self.start}) must be before end ({self.end})")
+        return self
 
 
 class TaskTerm(Term):
@@ -334,6 +359,33 @@ class ObjectiveConfig(Section):
     kl: KlTerm = KlTerm()
     hidden: HiddenTerm = HiddenTerm()
     attention: AttentionTerm = AttentionTerm()
+
+    @model_validator(mode="after")
+    def _something_always_counts(self) -> ObjectiveConfig:
+        terms = [term for name in type(self).model_fields if (term := getattr(self, name)).weight > 0]
+        covered = 0.0
+        for term in sorted(terms, key=lambda term: term.start):
+            covered = max(covered, term.end) if term.start <= covered else covered
+        if terms and covered < 1:
+            raise ValueError(f"no term counts after {covered} of the updates. Let one start there, or end later")
+        return self
+
+    def stage(self, update: int, updates: int) -> Stage:
+        """The stage that update `update` (1-based) of `updates` belongs to."""
+        terms = {name: getattr(self, name) for name in type(self).model_fields}
+        windows = {n: (round(t.start * updates), round(t.end * updates)) for n, t in terms.items() if t.weight > 0}
+        borders = {0, updates, *(border for window in windows.values() for border in window)}
+        first, last = max(b for b in borders if b < update), min(b for b in borders if b >= update)
+        return Stage(update - first, last - first, tuple(n for n, (a, b) in windows.items() if a < update <= b))
+
+
+class Stage(NamedTuple):
+    """A stretch of a run in which the same terms count."""
+
+    update: int
+    """Counted from the stage's first, which is 1."""
+    updates: int
+    terms: tuple[str, ...]
 
 
 class TargetShape(Section):

@@ -104,8 +104,11 @@ class StudentEngine:
             engine._zero.load(state)
         return engine
 
-    def accumulate(self, batch: Batch, teacher: Teacher | None) -> dict[str, Tensor]:
-        """Forward and backward over this rank's share of an update, in micro-batches; no step yet. Collective.
+    def accumulate(
+        self, batch: Batch, teacher: Teacher | None, terms: tuple[str, ...] | None = None
+    ) -> dict[str, Tensor]:
+        """Forward and backward over this rank's share of an update, in micro-batches; no step yet. terms: those that
+        count now, by default all that have a weight. Collective.
 
         Returns this rank's share of each loss term, detached: summed over ranks they are the update's losses.
         """
@@ -116,7 +119,7 @@ class StudentEngine:
         source = Ahead(teacher, self._ranks.device, self._stream)
         for index, micro_batch in enumerate(micro_batches, start=1):
             rows = micro_batch.to(self._ranks.device)
-            total, parts = self._engine(as_tuple(rows), as_tuple(source.knowledge(rows)), counts)
+            total, parts = self._engine(as_tuple(rows), as_tuple(source.knowledge(rows)), counts, terms)
             if index < len(micro_batches):
                 source.begin(micro_batches[index])
             # The losses are shares of the global sum already, but ZeRO averages over ranks: undo that.

@@ -61,7 +61,9 @@ class FilterLearner(nn.Module):
         """Of the terms that `forward` names: a mean over the filters."""
         return {name: 1 / len(self.layers) for name in map(_term, self.layers)}
 
-    def forward(self, batch: tuple[Tensor, ...], knowledge: object, counts: Tensor | None) -> object:
+    def forward(
+        self, batch: tuple[Tensor, ...], knowledge: object, counts: Tensor | None, terms: object = None
+    ) -> object:
         """With `counts`: (mean over the filters, {filter: its task loss}); without: the sums over scored slots of
         slots and the filters' mean loss and hits, as measures.measure gives them."""
         rows = Batch(*batch)  # type: ignore[arg-type]

@@ -152,8 +152,15 @@ class Student(nn.Module):
         extra = hidden_members(self.aligners, ALIGNERS)
         return [replace(g, members=g.members + extra) if g.name == HIDDEN else g for g in groups]
 
-    def forward(self, batch: tuple[Tensor, ...], knowledge: tuple[object, ...] | None, counts: Tensor | None) -> object:
-        """With `counts`: (weighted total, {term: unweighted loss}); without: the sums of measures.measure.
+    def forward(
+        self,
+        batch: tuple[Tensor, ...],
+        knowledge: tuple[object, ...] | None,
+        counts: Tensor | None,
+        terms: tuple[str, ...] | None = None,
+    ) -> object:
+        """With `counts`: (weighted total, {term: unweighted loss}) of `terms`, or of all that have a weight; without:
+        the sums of measures.measure.
 
         Takes and gives plain tuples, the only containers ZeRO-3's hooks can walk.
         """
@@ -163,7 +170,7 @@ class Student(nn.Module):
             return measure(signals, teacher, rows, self.family.kind)
         # Past its hooks: it has no parameters to gather, and ZeRO-3's hooks cannot walk signals.
         seen = signals.at(self.compared.student, self.compared.embeddings)
-        losses = self.objective.forward(seen, teacher, rows, Counts(counts), self.aligners)
+        losses = self.objective.forward(seen, teacher, rows, Counts(counts), self.aligners, terms)
         return losses.total, losses.parts
 
 

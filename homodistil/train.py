@@ -72,10 +72,11 @@ def distil(training: Training, preemption: Preemption, watchdog: Watchdog) -> St
     try:
         for update, batch in training.stream.updates(training.update, last):
             ranks.seed(run.run.seed, update)
-            losses = training.student.accumulate(batch, training.teacher)  # forward and backward, in micro-batches
+            stage = run.objective.stage(update, last)
+            losses = training.student.accumulate(batch, training.teacher, stage.terms)  # forward and backward
             training.health.compare(update, training.student)
             training.pruner.observe(training.student.fragments())  # |w * g|, on this rank's shards only
-            rate = learning_rate(run.optimizer, update, last)
+            rate = learning_rate(run.optimizer, stage.update, stage.updates)
             training.student.update(rate)  # the engine skips it if a gradient is not finite
             training.update = update
             record(training, losses, rate)

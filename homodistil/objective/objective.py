@@ -8,7 +8,7 @@ means). The terms' formulas are losses.py's; where the teacher's signals come fr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,12 +75,14 @@ class Objective(nn.Module):
         batch: Batch,
         counts: Counts,
         aligners: Iterable[nn.Module],
+        counted: Collection[str] | None = None,
     ) -> Losses:
         """This micro-batch's share of the update's loss.
 
         Args: `student` and `teacher` hold the compared layers alone; `counts` are the whole update's, over all ranks;
-        `aligners` one for each hidden state. Without a teacher only "task" is computed; a term of weight 0 never is.
-        Nothing here waits for the device. Raises `ConfigError` when no term is left.
+        `aligners` one for each hidden state; `counted` the terms that count now. Without a teacher only "task" is
+        computed; a term of weight 0 never is. Nothing here waits for the device. Raises `ConfigError` when no term is
+        left.
         """
         terms = {"task": lambda: self._task(student, batch, counts)}
         if teacher is not None:
@@ -90,6 +92,8 @@ class Objective(nn.Module):
                 "attention": lambda: self._attention(student, teacher, batch, counts),
             }
         wanted = {name: term for name, term in terms.items() if self.weights[name] > 0}
+        if counted is not None:
+            wanted = {name: term for name, term in wanted.items() if name in counted}
         if not wanted:
             raise ConfigError(f"objective: every term of {', '.join(terms)} has weight 0. Give one a positive weight.")
         values = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from homodistil.config import RunConfig
+from homodistil.config import ObjectiveConfig, RunConfig
 from homodistil.errors import ConfigError
 from homodistil.recipe import recipe_names
 
@@ -132,3 +132,34 @@ def test_a_configuration_can_be_sent_to_another_process() -> None:
     received = pickle.loads(pickle.dumps(run))
     assert received == run
     assert received.origin("data.lanes") == "--data.lanes on the command line"
+
+
+def test_stages_begin_where_terms_begin_or_end() -> None:
+    objective = ObjectiveConfig.model_validate(
+        {"task": {"weight": 0}, "hidden": {"end": 0.5}, "kl": {"start": 0.25}, "attention": {"weight": 0, "start": 0.9}}
+    )
+    stages = [objective.stage(update, 8) for update in range(1, 9)]
+    assert [stage.terms for stage in stages] == [("hidden",)] * 2 + [("kl", "hidden")] * 2 + [("kl",)] * 4
+    assert [(stage.update, stage.updates) for stage in stages] == [
+        *((1, 2), (2, 2)),
+        *((1, 2), (2, 2)),
+        *((1, 4), (2, 4), (3, 4), (4, 4)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        {"task": {"start": 0.5, "end": 0.5}},
+        {"task": {"end": 0.4}, "kl": {"weight": 0}, "hidden": {"start": 0.5}, "attention": {"weight": 0}},
+        {"task": {"start": 0.1}, "kl": {"weight": 0}, "hidden": {"weight": 0}, "attention": {"weight": 0}},
+    ],
+)
+def test_some_term_counts_in_every_update(terms: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"before end|no term counts"):
+        ObjectiveConfig.model_validate(terms)
+
+
+def test_what_may_be_left_out_can_be_taken_back_by_none() -> None:
+    run = RunConfig.load("hsk_cached", {"cache": {"path": "none"}, "knowledge": {"keep": "None"}})
+    assert run.cache.path is None and run.knowledge.keep is None and run.has_live_teacher

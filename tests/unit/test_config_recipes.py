@@ -17,7 +17,7 @@ from homodistil.recipe import RECIPES, recipe_names
 
 BERT_BASE = Widths(hidden=768, ffn=3072, heads=12, head_width=64)
 TEACHERS = {
-    "minilm_real": Widths(hidden=384, ffn=1536, heads=12, head_width=32),
+    **dict.fromkeys(("minilm_real", "hsk_live", "hsk_cached"), Widths(hidden=384, ffn=1536, heads=12, head_width=32)),
     **{f"homobert_{size}": BERT_BASE for size in ("base", "small", "xsmall", "tiny")},
 }
 HOMOBERTS = [name for name in recipe_names() if name.startswith("homobert_")]
@@ -141,3 +141,16 @@ def test_recipes_that_extend_each_other_are_refused(tmp_path: Path) -> None:
     other.write_text(f"extends: {one}\n")
     with pytest.raises(ConfigError, match="comes back"):
         RunConfig.load(str(one))
+
+
+HSK_TASKS = [name for name in recipe_names() if name.startswith("hsk_task_")]
+
+
+@pytest.mark.parametrize("name", HSK_TASKS)
+def test_a_task_is_distilled_in_two_stages_from_little_of_the_teacher(name: str) -> None:
+    run = RunConfig.load(name)
+    assert len(HSK_TASKS) == 8 and name == f"hsk_task_{run.task.name}"
+    first, last = run.objective.stage(1, 1000), run.objective.stage(1000, 1000)
+    assert (first.terms, last.terms) == (("hidden",), ("kl",))
+    assert (first.updates, last.update, last.updates) == (750, 250, 250)
+    assert run.knowledge.share == (1, 10, 0.1) and run.objective.kl.temperature == 1

@@ -35,6 +35,7 @@ LAYERS = (
     {
         "checks",
         "run_plan",
+        "cache_plan",
         "opening",
         "caching",
         "closing",
