@@ -82,6 +82,7 @@ class StudentEngine:
             model=student, model_parameters=parameter_groups(student), config=settings, dist_init_required=False
         )
         self._zero = ZeroStudent(self._engine)
+        self._terms: tuple[str, ...] | None = None
         ahead = blueprint.run.performance.teacher_ahead
         self._stream = torch.get_device_module(ranks.device).Stream() if ahead else None
         if blueprint.run.performance.compile:
@@ -112,6 +113,9 @@ class StudentEngine:
 
         Returns this rank's share of each loss term, detached: summed over ranks they are the update's losses.
         """
+        if terms != self._terms:
+            self._zero.forget_gradients()
+            self._terms = terms
         compared = self._blueprint.selection.count(batch)
         counts = self._ranks.sum(batch.counts(compared).vector.to(self._ranks.device))
         sums: dict[str, Tensor] = {}

@@ -92,6 +92,11 @@ class ZeroStudent:
         self._partition.publish(list(self._parameters.values()))
         self.step = state.step
 
+    def forget_gradients(self) -> None:
+        """Before other terms than before decide which parameters get gradients: ZeRO-3 would go on with those of the
+        last update that gave one."""
+        self._partition.forget_gradients()
+
     def fingerprints(self) -> tuple[list[str], Tensor]:
         """Names of the parameters that every rank holds whole, and (P,) int64 that ranks of equal weights share: the
         sum of each one's bits. With stage 3 these are the small ones that stay resident."""
@@ -147,6 +152,10 @@ class _Partition(Protocol):
         """(n,) fp32 averaged gradient of the owned range."""
         ...
 
+    def forget_gradients(self) -> None:
+        """Let a parameter that gets no gradient have one of zeros, whatever an earlier update gave it."""
+        ...
+
     def publish(self, parameters: list[nn.Parameter]) -> None:
         """Make the working weights follow the masters. Collective."""
         ...
@@ -182,6 +191,9 @@ class _FlatPartition:
         index = parameter._index_in_param_group  # type: ignore[attr-defined]
         return parameter._hp_mapping.get_lp_grad_fragment(index).flatten().float()  # type: ignore[attr-defined]
 
+    def forget_gradients(self) -> None:
+        """DeepSpeed starts each update from none."""
+
     def publish(self, parameters: list[nn.Parameter]) -> None:
         self._optimizer.update_lp_params()
 
@@ -215,6 +227,9 @@ class _ParameterPartition:
 
     def gradient(self, parameter: nn.Parameter) -> Tensor:
         return safe_get_local_grad(parameter).flatten()[: self.owned(parameter).numel].float()
+
+    def forget_gradients(self) -> None:
+        self._optimizer.grad_partitions_flat_buffer.zero_()
 
     def publish(self, parameters: list[nn.Parameter]) -> None:
         for parameter in parameters:

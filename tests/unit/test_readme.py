@@ -20,6 +20,7 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 SETTINGS = {
     "pretrain.py": cli.Pretrain,
     "learn_filters.py": cli.LearnFilters,
+    "cache_teacher.py": cli.CacheTeacher,
     "finetune.py": cli.FineTune,
     "evaluate.py": cli.Evaluate,
     "build_shards.py": BuildShards,
