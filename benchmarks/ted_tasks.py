@@ -66,7 +66,7 @@ def main() -> None:
         carry_out([s for task in missing for s in steps(task, options.shared)], RUNS / "logs", options.parallel, "TED")
     finally:
         for task in missing:
-            if _seeds(task, "ted"):
+            if summaries(RUNS, task, "ted"):
                 complete = all(is_done(step.result) for step in steps(task, options.shared))
                 rows[task] = collected(task) | circumstances() | {"complete": complete}
         options.rows.parent.mkdir(parents=True, exist_ok=True)
@@ -133,11 +133,12 @@ def knowledge(arm: str, setting: Setting) -> list[str]:
 
 def collected(task: str) -> dict[str, Any]:
     """Every seed's figures of every arm, and what teacher and student had before."""
-    return {name: _seeds(task, name) for name in ("teacher", "student", *ARMS)}
+    return {name: summaries(RUNS, task, name) for name in ("teacher", "student", *ARMS)}
 
 
-def _seeds(task: str, name: str) -> dict[str, dict[str, float]]:
-    found = sorted(file for file in (RUNS / task / name).glob("seed_*/summary.json") if is_done(file))
+def summaries(runs: Path, task: str, name: str) -> dict[str, dict[str, float]]:
+    """Seed -> figures of a run's finished seeds."""
+    found = sorted(file for file in (runs / task / name).glob("seed_*/summary.json") if is_done(file))
     return {file.parent.name.removeprefix("seed_"): _figures(task, file) for file in found}
 
 
@@ -161,7 +162,7 @@ def show(rows: dict[str, Any]) -> None:
         table = Table("arm", "seeds", metric, "loss", "KL", title=f"{task}, {row['device']}, commit {row['commit']}")
         for name in ("teacher", "student", *ARMS):
             seeds = list(row[name].values())
-            cells = [_cell([seed[key] for seed in seeds if key in seed]) for key in (metric, "task_loss", "kl")]
+            cells = [spread([seed[key] for seed in seeds if key in seed]) for key in (metric, "task_loss", "kl")]
             table.add_row(name, str(len(seeds)), *cells)
         console.print(table)
         table = Table("paired difference", metric, "loss", "KL")
@@ -181,7 +182,8 @@ def _difference(differences: list[float]) -> str:
     return f"{center:+.4f} ± {half:.4f} ({len(differences)})"
 
 
-def _cell(values: list[float]) -> str:
+def spread(values: list[float]) -> str:
+    """Mean and, of several, deviation."""
     if not values:
         return ""
     return f"{mean(values):.4f}" + (f" ({stdev(values):.4f})" if len(values) > 1 else "")
