@@ -1,8 +1,8 @@
 """How little of a teacher's hidden states is enough, on two tasks of GLUE: python -m benchmarks.hsk_tasks
 
-Teacher: ../shared/teacher/minilm-l6-mlm, fine-tuned. Student: its layers 2, 4 and 6, distilled in two stages from caches,
-first the hidden states that an arm keeps, then predictions alone, three seeds each, judged by the last weights. `none`
-has the second stage's loss all the way, with as many updates. Beside every share that is chosen as the paper does
+Teacher: ../shared/teacher/minilm-l6-mlm, fine-tuned. Student: its layers 2, 4 and 6, distilled in two stages from
+caches, first the hidden states that an arm keeps, then predictions alone, three seeds each, judged by the last weights.
+`none` has the second stage's loss all the way, with as many updates. Beside every share that is chosen as the paper does
 (Liu et al., ACL 2021) stands one of equal size that is drawn. A step that is done is not done again.
 """
 
@@ -24,9 +24,15 @@ from homodistil.tasks import TASKS
 TASKS_HERE = {"mrpc": 4, "sst2": 2}
 """Task -> passes over its training examples, of both stages together."""
 SEEDS = (1, 2, 3)
+LONGEST = {"mrpc": 128, "sst2": 72}
+"""Tokens that an example is cut to: hardly any."""
 STATES, MEAN_TOKENS = 4, {"mrpc": 53, "sst2": 13}
 """What there is: three layers and the embeddings; tokens of an example, on average."""
-RUNS, ROWS, PICTURE = Path("runs/hsk_tasks"), Path("docs/experiments/hsk_tasks.json"), Path("docs/images/hsk_tasks.png")
+RUNS, ROWS, PICTURE = (
+    Path("runs/hsk_tasks"),
+    Path("docs/experiments/hsk_tasks.json"),
+    Path("docs/experiments/hsk_tasks.png"),
+)
 CHOSEN, DRAWN = ("attention_no_sep", "magnitude"), ("random", "random")
 MEASURES = ("task_loss", "kl")
 
@@ -90,6 +96,7 @@ def steps(task: str, shared: Path) -> list[Step]:
     """Teacher; for every arm its cache, then its seeds."""
     setting, folder = SETTINGS[task], RUNS / task
     common = ["--task.name", task, "--task.path", str(shared / "data/glue" / setting.folder)]
+    common += ["--task.max_length", str(LONGEST[task])]
     common += ["--run.directory", str(folder), "--checkpoint.every", "100000", "--validation.every", "100000"]
     if setting.examples:
         common += ["--task.train_examples", str(setting.examples)]
@@ -136,9 +143,8 @@ def draw(rows: dict[str, Any]) -> None:
     for panel, (task, row) in zip(panels, rows.items(), strict=True):
         for dimension in ("depth", "length", "width", "joint"):
             for drawn in (False, True):
-                points = [
-                    a for a in arms(task) if a.dimension == dimension and a.drawn == drawn and row["arms"][a.name]
-                ]
+                here = [arm for arm in arms(task) if (arm.dimension, arm.drawn) == (dimension, drawn)]
+                points = [arm for arm in here if row["arms"][arm.name]]
                 if not points:
                     continue
                 heights = [[s["kl"] for s in row["arms"][arm.name].values()] for arm in points]
@@ -149,10 +155,8 @@ def draw(rows: dict[str, Any]) -> None:
         for end in ("none-0", "all-100"):
             values = [seed["kl"] for seed in row["arms"][end].values()]
             if values:
-                label = "predictions alone" if end == "none-0" else "everything"
-                panel.axhline(
-                    sum(values) / len(values), color="grey", linestyle="--" if end == "none-0" else "-", label=label
-                )
+                label, line = ("predictions alone", "--") if end == "none-0" else ("everything", "-")
+                panel.axhline(sum(values) / len(values), color="grey", linestyle=line, label=label)
         panel.set(title=task, xscale="log", xlabel="% of the hidden states", ylabel="KL to the teacher, nats")
         panel.legend(fontsize=8)
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
