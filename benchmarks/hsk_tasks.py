@@ -2,8 +2,8 @@
 
 Teacher: ../shared/teacher/minilm-l6-mlm, fine-tuned. Student: its layers 2, 4 and 6, distilled in two stages from
 caches, first the hidden states that an arm keeps, then predictions alone, three seeds each, judged by the last weights.
-`none` has the second stage's loss all the way, with as many updates. Beside every share that is chosen as the paper does
-(Liu et al., ACL 2021) stands one of equal size that is drawn. A step that is done is not done again.
+`none` has the second stage's loss all the way, with as many updates. Beside every share that is chosen as the paper
+does (Liu et al., ACL 2021) stands one of equal size that is drawn. A step that is done is not done again.
 """
 
 from __future__ import annotations
@@ -28,11 +28,8 @@ LONGEST = {"mrpc": 128, "sst2": 72}
 """Tokens that an example is cut to: hardly any."""
 STATES, MEAN_TOKENS = 4, {"mrpc": 53, "sst2": 13}
 """What there is: three layers and the embeddings; tokens of an example, on average."""
-RUNS, ROWS, PICTURE = (
-    Path("runs/hsk_tasks"),
-    Path("docs/experiments/hsk_tasks.json"),
-    Path("docs/experiments/hsk_tasks.png"),
-)
+RUNS = Path("runs/hsk_tasks")
+ROWS, PICTURE = Path("docs/experiments/hsk_tasks.json"), Path("docs/experiments/hsk_tasks.png")
 CHOSEN, DRAWN = ("attention_no_sep", "magnitude"), ("random", "random")
 MEASURES = ("task_loss", "kl")
 
