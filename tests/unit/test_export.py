@@ -138,6 +138,15 @@ def test_dropout_dtype_and_tokenizer_are_ready_for_fine_tuning(
     assert "30 hidden, 5 x 6 heads, 55 FFN" in (directory / "README.md").read_text()
 
 
+def test_whoever_may_read_new_files_may_read_an_export(blueprint: Blueprint, teacher: Path, tmp_path: Path) -> None:
+    """safetensors makes files that only their owner can read."""
+    (tmp_path / "new").touch()
+    shape = shape_of(NARROWER["everything"])
+    directory = export_student(sliced_weights(shape), blueprint, shape, tmp_path / "student", teacher)
+    modes = {file.name: file.stat().st_mode for file in directory.iterdir()}
+    assert "model.safetensors" in modes and set(modes.values()) == {(tmp_path / "new").stat().st_mode}
+
+
 def test_provenance_names_teacher_units_and_settings(blueprint: Blueprint, teacher: Path, tmp_path: Path) -> None:
     shape = shape_of(NARROWER["everything"])
     directory = export_student(sliced_weights(shape), blueprint, shape, tmp_path / "student", teacher)
