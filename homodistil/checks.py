@@ -279,7 +279,7 @@ def _check_compile(run: RunConfig, ds_config: DeepSpeedConfig, world_size: int) 
             f"performance.compile is true, but {ds_config.path} shards the student at ZeRO stage 3, whose gathering "
             "hooks no graph can hold. Use ZeRO 1 or 2, or set performance.compile to false."
         )
-    if is_sharded(run, world_size):
+    if run.has_live_teacher and is_sharded(run, world_size):
         raise ConfigError(
             f"performance.compile is true, but teacher.sharding is {run.teacher.sharding}: a teacher sharded by ZeRO-3 "
             "cannot be compiled. Set teacher.sharding to replicated, or performance.compile to false."

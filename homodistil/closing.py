@@ -108,7 +108,7 @@ def _validation(plan: Plan, measures: Measures, held_out: list[Batch], device: t
         scores.student.update(result.metrics)
         return scores
     scores.student["tokens_per_second"] = _speed(student, plan, held_out, device)
-    if scores.teacher is not None and run.teacher.path:
+    if scores.teacher is not None and run.teacher.path and run.has_live_teacher:
         scores.teacher["tokens_per_second"] = _speed(model_directory(run.teacher.path), plan, held_out, device)
     return scores
 

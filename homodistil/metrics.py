@@ -151,6 +151,10 @@ class Metrics:
         if variances:
             self._write(update, {f"knowledge/variance_{k:02d}": value for k, value in enumerate(variances)})
 
+    def shared_units(self, update: int, share: float) -> None:
+        """Log which share of the teacher's kept units the student still has, in held-out text."""
+        self._write(update, {"knowledge/shared_units": share})
+
     def shape(self, update: int, widths: Mapping[str, int], parameters: int) -> None:
         """Log the student's widths (hidden, ffn, heads, head_width) and its size."""
         self._write(update, {f"shape/{name}": float(n) for name, n in {**widths, "parameters": parameters}.items()})

@@ -14,7 +14,9 @@ from homodistil.ds_config import DeepSpeedConfig
 from homodistil.engine import started_ranks
 from homodistil.errors import ShardError, Stopped
 from homodistil.forecast import show_forecast, update_flops
+from homodistil.knowledge.selection import shared_units
 from homodistil.metrics import Work
+from homodistil.models.shape import HIDDEN
 from homodistil.opening import Training, forget_ending, open_training, provide_data, provide_teacher
 from homodistil.preemption import Preemption
 from homodistil.pruning.coordinator import PrunePlan
@@ -55,6 +57,7 @@ def train(plan: Plan, teacher_ds_config: DeepSpeedConfig, ranks: Ranks) -> RunSu
             with training.metrics as metrics:
                 metrics.shape(training.update, vars(training.student.shape.widths), training.student.parameters)
                 metrics.knowledge(training.update, training.hidden_variances)
+                share_units(training)
                 validate(training)  # before the first update the student is the teacher: KL is 0
                 stop = distil(training, preemption, watchdog)
                 if stop:
@@ -124,6 +127,19 @@ def shrink(training: Training, plan: PrunePlan) -> None:
     if before.kl is not None and after.kl is not None:
         widths, parameters = vars(plan.widths), training.student.parameters
         training.metrics.pruned(plan.update, widths, parameters, before.kl, after.kl, seconds)
+    share_units(training)
+
+
+def share_units(training: Training) -> None:
+    """Log how many of the teacher's kept units the student still has, where it is compared in its own dimensions.
+    Collective."""
+    plan, teacher, term = training.plan, training.teacher, training.plan.run.objective.hidden
+    if teacher is None or term.weight == 0 or term.aligner != "indexed" or plan.blueprint.selection.units is None:
+        return
+    knowledge = teacher.knowledge(training.held_out[0].to(training.ranks.device))
+    share = shared_units(knowledge.kept, training.student.shape.kept[HIDDEN], plan.blueprint.teacher_width)
+    if share is not None:
+        training.metrics.shared_units(training.update, float(share))
 
 
 def save(training: Training) -> None:

@@ -152,6 +152,17 @@ def numbered(chosen: Tensor, count: int) -> Tensor:
     return places.new_zeros((*places.shape[:-1], count + 1)).scatter_(-1, places, numbers)[..., :count]
 
 
+def shared_units(parts: Sequence[Kept], kept: Sequence[int], width: int) -> Tensor | None:
+    """Of the units that are handed over, the share that a student with these dimensions has, a scalar; None where all
+    are handed over."""
+    chosen = [part.units for part in parts if part.units is not None]
+    if not chosen:
+        return None
+    has = torch.zeros(width, device=chosen[0].device)
+    has[list(kept)] = 1
+    return torch.stack([has[units].mean() for units in chosen]).mean()
+
+
 def at_units(state_BnE: Tensor, units: Tensor) -> Tensor:
     """(B, n, u), for units (u,) or (B, n, u)."""
     return state_BnE.index_select(-1, units) if units.ndim == 1 else state_BnE.gather(-1, units)

@@ -14,7 +14,7 @@ from transformers import BertForMaskedLM
 from homodistil.batch import Batch
 from homodistil.config import RunConfig
 from homodistil.data.hashing import counter_hash, permutation, tensor_hash
-from homodistil.knowledge.selection import Selection, top
+from homodistil.knowledge.selection import Selection, shared_units, top
 from homodistil.knowledge.teacher import FrozenModel
 from homodistil.models.attention import attention_implementation
 from homodistil.models.bert import BertFamily
@@ -297,3 +297,10 @@ def test_a_share_that_cannot_be_read_is_refused(faulty: dict[str, str]) -> None:
 def test_the_share_of_the_paper_is_read() -> None:
     share = RunConfig.model_validate({"knowledge": {"keep": "1l_10t_0.1h"}}).knowledge.share
     assert share == (1, 10, 0.1) and math.isclose(share.units or 0, 0.1)
+
+
+def test_the_share_of_kept_units_that_a_student_still_has() -> None:
+    kept = Kept(torch.ones(1, 2), None, torch.tensor([[[0, 3], [1, 2]]]))
+    assert shared_units([kept, kept], (0, 1, 2), 4) == 0.75
+    assert shared_units([Kept(torch.ones(1, 2), None, torch.tensor([1, 3]))], (0, 1), 4) == 0.5
+    assert shared_units([Kept(torch.ones(1, 2))], (0, 1), 4) is None
