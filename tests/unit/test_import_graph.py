@@ -36,6 +36,8 @@ LAYERS = (
         "checks",
         "run_plan",
         "opening",
+        "cache_plan",
+        "cache_folder",
         "caching",
         "closing",
         "forecast",
