@@ -43,14 +43,19 @@ def cache_teacher(
     run = run.with_filter_folders()
     with started_ranks() as ranks:
         plan = plan_run(run, provide_data(run, ranks), ds_config, ranks.world_size)
-        stream = open_stream(plan, ranks)
-        work = ranks.once(lambda: Work.of(plan, stream))
-        ranks.once(work.show)
-        if not dry_run and not ranks.once(work.is_complete):
-            write(work, plan, stream, teacher_ds_config, ranks)
+        record(plan, teacher_ds_config, ranks, dry_run)
 
 
-def write(work: Work, plan: Plan, stream: Stream | TaskStream, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> None:
+def record(plan: Plan, teacher_ds_config: DeepSpeedConfig, ranks: Ranks, dry_run: bool = False) -> None:
+    """Say how large the run's cache is, and write what of it is missing. Raises `CacheError`. Collective."""
+    stream = open_stream(plan, ranks)
+    work = ranks.once(lambda: Work.of(plan, stream))
+    ranks.once(work.show)
+    if not dry_run and not ranks.once(work.is_complete):
+        _write(work, plan, stream, teacher_ds_config, ranks)
+
+
+def _write(work: Work, plan: Plan, stream: Stream | TaskStream, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> None:
     """Write what is missing, then the manifest. Raises `CacheWriteError` on all ranks if one cannot write; what is
     whole stays, and the same command goes on with the rest. Collective."""
     ranks.once(work.check_place)
