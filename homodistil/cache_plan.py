@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from homodistil.batch import Piece
 from homodistil.config import CacheConfig, RunConfig
 from homodistil.data.examples import TaskData, TaskStream
 from homodistil.data.stream import Stream
 from homodistil.errors import CacheError
-from homodistil.files import write_durably
-from homodistil.knowledge.cached import HEAD
+from homodistil.files import checksum, write_durably
+from homodistil.knowledge.cached import HEAD, Cache
 from homodistil.knowledge.recording import Recording
 from homodistil.models.loading import new_model
 from homodistil.run_plan import Plan
@@ -67,34 +68,51 @@ def identity(plan: Plan) -> dict[str, Any]:
     run, compared = plan.run, plan.blueprint.compared
     found: dict[str, Any] = {
         "task.name": run.task.name,
-        "data": plan.source.sha256,
-        "tokenizer": plan.source.tokenizer_sha256,
+        "hash of the data": plan.source.sha256,
+        "hash of the tokenizer": plan.source.tokenizer_sha256,
+        "hash of teacher.path": plan.identity["teacher"],
         "precision": str(plan.dtype).removeprefix("torch."),
-        **{key: plan.identity[key] for key in ("teacher", "teacher_filters")},
     }
     if run.objective.hidden.weight > 0:
+        if run.objective.hidden.aligner == "filter":
+            found["hash of teacher.filters"] = plan.identity["teacher_filters"]
         found |= {"teacher's states": list(compared.teacher_states), "cache.values": run.cache.values}
         share = run.knowledge.share
         found |= {"knowledge.keep tokens": share.tokens, "knowledge.keep units": share.units}
         found |= {"knowledge.tokens": run.knowledge.tokens} if share.tokens else {}
         found |= {"knowledge.units": run.knowledge.units} if share.units else {}
-    if plan.task.is_language_modeling:
+    if plan.task.kind == "masked":
         found |= {f"data.{key}": getattr(run.data, key) for key in ("mask_probability", "whole_word")}
+    if plan.task.is_language_modeling:
         found["cache.logits"] = run.cache.logits
         if run.cache.logits != "states":
             number = {"top_k": "top_k", "draws": "draws"}[run.cache.logits]
             found |= {f"cache.{number}": getattr(run.cache, number)}
             found["objective.kl.temperature"] = run.objective.kl.temperature
-    if plan.task.is_language_modeling or "random" in (found.get("knowledge.tokens"), found.get("knowledge.units")):
+    else:
+        found["task.max_length"] = run.task.max_length
+    drawn = (plan.task.kind == "masked", run.cache.logits == "draws" and plan.task.is_language_modeling)
+    if any(drawn) or "random" in (found.get("knowledge.tokens"), found.get("knowledge.units")):
         found["data.mask_seed"] = run.mask_seed
     return found
 
 
+def pieces_read(run: RunConfig, stream: Stream | TaskStream) -> list[Piece]:
+    """What a run will ask its cache about."""
+    count = maskings(run, stream)
+    if isinstance(stream, Stream):
+        count = min(count, epochs(run, stream))
+    return stream.pieces(count, held_out(run))
+
+
 def maskings(run: RunConfig, stream: Stream | TaskStream) -> int:
-    """That the run goes through: `data.maskings`, or as many as it has epochs; a benchmark's examples have one."""
-    if isinstance(stream, TaskStream):
-        return 1
-    return run.data.maskings or math.ceil(run.run.updates / stream.updates_per_epoch)
+    """That a cache holds: `data.maskings`, or as many as the run has epochs; a benchmark's examples have one."""
+    return 1 if isinstance(stream, TaskStream) else run.data.maskings or epochs(run, stream)
+
+
+def epochs(run: RunConfig, stream: Stream) -> int:
+    """That the run begins."""
+    return math.ceil(run.run.updates / stream.updates_per_epoch)
 
 
 def held_out(run: RunConfig) -> int:
@@ -102,21 +120,26 @@ def held_out(run: RunConfig) -> int:
     return max(run.validation.sequences, SMALLEST_HELD_OUT)
 
 
-def save_head(plan: Plan, model: PreTrainedModel, folder: Path) -> None:
-    """The head of a teacher, beside its last hidden states."""
+def save_head(plan: Plan, model: PreTrainedModel, folder: Path) -> str:
+    """The head of a teacher, beside its last hidden states. Returns its checksum."""
     weights = {name: weight.detach().cpu().clone() for name, weight in plan.family.head(model).state_dict().items()}
     write_durably(folder / HEAD, lambda partial: save_file(weights, partial))
+    return checksum(folder / HEAD)
 
 
-def load_head(plan: Plan, folder: Path, device: torch.device) -> nn.Module:
+def load_head(plan: Plan, cache: Cache, device: torch.device) -> nn.Module:
     """The head that `save_head` left. Raises `CacheError`."""
+    path = cache.folder / HEAD
+    found = checksum(path) if path.is_file() else "none: it is missing"
+    if found != cache.manifest.head:
+        raise CacheError(
+            f"{path}: its checksum is {found}, expected {cache.manifest.head}. Run cache_teacher.py again: it writes "
+            "what is missing."
+        )
     blueprint = plan.blueprint
     slim = blueprint.family.with_layers(blueprint.teacher_config, 1)  # a head does not depend on depth
     head = plan.family.head(new_model(slim, blueprint.attention, plan.task.kind))
-    try:
-        head.load_state_dict(load_file(folder / HEAD))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise CacheError(f"{folder / HEAD}: cannot be read ({error}). Run cache_teacher.py again.") from None
+    head.load_state_dict(load_file(path))
     return head.to(plan.dtype).to(device).eval().requires_grad_(False)
 
 

@@ -43,11 +43,15 @@ class DivergenceError(Stopped):
 
 
 class ShardError(DataError, Stopped):
-    """A shard that one of the ranks cannot read."""
+    """A shard, or a cache's file, that one of the ranks cannot read."""
 
 
 class CheckpointWriteError(CheckpointError, Stopped):
     """A checkpoint that one of the ranks could not write."""
+
+
+class CacheWriteError(CacheError, Stopped):
+    """A cache that one of the ranks could not write."""
 
 
 class NonFiniteError(Stopped):

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from homodistil.batch import Attach, Batch, unchanged
-from homodistil.cache_plan import SMALLEST_HELD_OUT, identity, layouts, load_head
+from homodistil.cache_plan import SMALLEST_HELD_OUT, identity, layouts, load_head, pieces_read
 from homodistil.checkpoint import Checkpoints
 from homodistil.checks import Source, is_sharded
 from homodistil.config import RunConfig
@@ -130,7 +130,10 @@ def open_teacher_and_stream(
     """The run's teacher, and its batches, which bring along what was recorded of it. Collective."""
     teacher = open_teacher(plan, teacher_ds, ranks)
     attach = teacher.attach if isinstance(teacher, CachedTeacher) else unchanged
-    return teacher, open_stream(plan, ranks, bad_shards, attach)
+    stream = open_stream(plan, ranks, bad_shards, attach)
+    if isinstance(teacher, CachedTeacher):
+        teacher.cache.check_pieces(pieces_read(plan.run, stream))
+    return teacher, stream
 
 
 def open_stream(
@@ -176,12 +179,11 @@ def live_teacher(
 
 def cached_teacher(plan: Plan, ranks: Ranks) -> CachedTeacher:
     """What cache_teacher.py wrote for this run. Raises `CacheError` on all ranks. Collective."""
-    folder, rows = plan.run.cache.path, layouts(plan)
+    folder, rows, config = plan.run.cache.path, layouts(plan), plan.blueprint.teacher_config
     assert folder is not None
-    wanted = ranks.once(lambda: identity(plan))
-    ranks.once(lambda: Cache.open(folder, wanted) and None)
-    head = load_head(plan, folder, ranks.device) if plan.task.is_language_modeling else None
-    config, cache = plan.blueprint.teacher_config, Cache.open(folder, wanted)
+    cache, head = ranks.once(lambda: Cache.open(folder, identity(plan))), None
+    if plan.task.is_language_modeling:
+        head = ranks.together(lambda: load_head(plan, cache, ranks.device))
     return CachedTeacher(cache, config, plan.family, rows.training, rows.validation, head)
 
 

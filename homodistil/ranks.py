@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from homodistil.errors import ConfigError, DivergenceError
+from homodistil.errors import ConfigError, DataError, DivergenceError, ShardError
 
 T = TypeVar("T")
 
@@ -93,6 +93,18 @@ class Ranks:
         if kind == "error":
             raise value
         return value
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Run `work` on every rank; a `DataError` of any is a `ShardError` on all. Collective."""
+        result, fault = None, ""
+        try:
+            result = work()
+        except DataError as error:
+            fault = str(error)
+        if self.any(bool(fault)):
+            faults = dict.fromkeys(words for words in self.gather(fault) if words)
+            raise ShardError("\n".join(faults))
+        return result  # type: ignore[return-value]
 
 
 def local_world_size() -> int:

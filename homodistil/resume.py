@@ -27,7 +27,7 @@ SET_ASIDE = "set_aside_"
 
 MAY_CHANGE = (
     *("recipe", "run.name", "run.directory", "run.log_every", "teacher.path", "teacher.recipe", "teacher.sharding"),
-    *("teacher.filters", "student.path", "student.filters", "filters.teacher", "task.path"),
+    *("teacher.filters", "student.path", "student.filters", "filters.teacher", "task.path", "cache.path"),
     *("data.shards", "data.source", "data.micro_batch", "data.prefetch", "data.on_bad_shard"),
     *("validation", "checkpoint", "health", "performance"),
 )

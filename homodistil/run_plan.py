@@ -73,6 +73,7 @@ class Plan:
         return {
             **{name: model_hash(path) if path else None for name, path in models.items()},
             **{name: sha256(path / WEIGHTS) if path else None for name, path in filters.items()},
+            "knowledge": "cached" if run.cache.path else None,
             "architecture": self.blueprint.architecture_sha256,
             "tokenizer": self.source.tokenizer_sha256,
             "corpus": self.source.sha256,

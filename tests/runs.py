@@ -87,20 +87,13 @@ def execute(values: dict[str, Any], folder: Path, stage: int, fault: tuple[str, 
     Returns what was seen on the way: the rows' numbers by update, and this rank's state when the engine was open.
     """
     from homodistil import train
-    from homodistil.config import RunConfig
-    from homodistil.data.shards import ShardIndex
-    from homodistil.ds_config import DeepSpeedConfig
     from homodistil.errors import Preempted
     from homodistil.ranks import Ranks
-    from homodistil.run_plan import plan_run
 
-    ranks, run = Ranks.current(), RunConfig.model_validate(copy.deepcopy(values))
-    student = DeepSpeedConfig.load(folder / f"zero{stage}.json")
-    teacher = DeepSpeedConfig.load_teacher(folder / "teacher.json", student)
+    ranks = Ranks.current()
     seen: dict[str, Any] = {"samples": {}}
     try:
-        index = ShardIndex.load(run.data.shards, check_files=False)
-        plan = plan_run(run, index, student, ranks.world_size)
+        plan, teacher = planned(values, folder, stage)
         kind, at = fault or ("none", 0)
         with _witnessed(seen), FAULTS[kind](at):
             train.train(plan, teacher, ranks)
@@ -110,6 +103,35 @@ def execute(values: dict[str, Any], folder: Path, stage: int, fault: tuple[str, 
     finally:
         _release_engines()
     return seen
+
+
+def record(values: dict[str, Any], folder: Path) -> None:
+    """In a rank: write the cache of a run. Collective."""
+    from homodistil.caching import record
+    from homodistil.ranks import Ranks
+
+    try:
+        record(*planned(values, folder, stage=2), Ranks.current())
+    finally:
+        _release_engines()
+
+
+def planned(values: dict[str, Any], folder: Path, stage: int) -> tuple[Any, Any]:
+    """In a rank: a run's plan, and the settings of its teacher. Collective."""
+    from homodistil.config import RunConfig
+    from homodistil.data.shards import ShardIndex
+    from homodistil.ds_config import DeepSpeedConfig
+    from homodistil.opening import provide_data
+    from homodistil.ranks import Ranks
+    from homodistil.run_plan import plan_run
+
+    ranks, run = Ranks.current(), RunConfig.model_validate(copy.deepcopy(values))
+    student = DeepSpeedConfig.load(folder / f"zero{stage}.json")
+    is_text = run.task.task.is_language_modeling
+    source = ShardIndex.load(run.data.shards, check_files=False) if is_text else provide_data(run, ranks)
+    return plan_run(run, source, student, ranks.world_size), DeepSpeedConfig.load_teacher(
+        folder / "teacher.json", student
+    )
 
 
 @contextmanager

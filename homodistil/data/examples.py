@@ -25,6 +25,7 @@ from homodistil.data.encoded import Encoded, Integers, encode, gather, has_types
 from homodistil.data.glue import Example, Split, read_glue
 from homodistil.data.hashing import Purpose, permutation
 from homodistil.data.squad import Windows, read_squad, windows
+from homodistil.data.stream import attached
 from homodistil.data.tokenizer import open_tokenizer, vocabulary_hash
 from homodistil.ds_config import micro_batch_size
 from homodistil.errors import DataError
@@ -137,19 +138,22 @@ class TaskStream:
     def updates(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
         """(n + 1, this rank's rows of that global batch) for n = start .. stop - 1.
 
-        All ranks' rows have the width that the longest of the global batch needs.
+        All ranks' rows have the width that the longest of the global batch needs. Collective where something is
+        attached.
         """
         for update in range(start, stop):
             numbers = self._numbers(update)
             width = self._data.splits["train"].width(numbers, self._data.sequence_length)
             rows = numbers[self._ranks.rank :: self._ranks.world_size]
-            yield update + 1, self._pinned(self._attach(self._data.batch("train", rows, width, self._last_token)))
+            batch = self._data.batch("train", rows, width, self._last_token)
+            yield update + 1, self._pinned(attached(batch, self._attach, self._ranks))
 
     def validation(self, sequences: int, micro_batch: int) -> list[Batch]:
         """This rank's share of `sequences` validation examples (all, if there are fewer), drawn once for all runs.
 
         They come sorted by length, and each batch is as wide as its longest, so that little of it is padding. Every
         rank gets equally many batches of equally many rows: a short share is filled up with rows of weight 0.
+        Collective where something is attached.
         """
         encoded, world_size = self._data.splits["validation"], self._ranks.world_size
         drawn = np.sort(permutation(len(encoded), Purpose.VALIDATION_EXAMPLES)[:sequences])
@@ -158,7 +162,7 @@ class TaskStream:
         batches = []
         for start in range(0, len(places), micro_batch):
             part = places[start : start + micro_batch]
-            batch = self._attach(self._held_out(drawn[part % len(drawn)]))
+            batch = attached(self._held_out(drawn[part % len(drawn)]), self._attach, self._ranks)
             batch.weights[part >= len(drawn)] = 0
             batches.append(batch)
         return batches

@@ -1,21 +1,24 @@
 """Records: rows of named arrays in webdataset tars, read a few rows at a time from anywhere in them.
 
 A file is a run of blocks, each one .npy member per array; all arrays have a row for each record. Nothing is compressed,
-so that a row is found by arithmetic and read through the page cache. What the arrays mean is knowledge/'s.
+so that a row is found by arithmetic and read through the page cache, from one mapping of the whole file: a large cache
+has more arrays than Linux allows a process mappings. What the arrays mean is knowledge/'s.
 """
 
 from __future__ import annotations
 
+import io
+import mmap
 import os
 import tarfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
-import webdataset as wds
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
@@ -40,12 +43,12 @@ class RecordFile(BaseModel):
 
 
 class RecordWriter:
-    """A file of records in the making: whole after `finish`, and not there before."""
+    """A file of records in the making: whole after `finish`, and not there before. Raises `OSError`."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._partial = path, path.with_name(path.name + PARTIAL)
         self._file = self._partial.open("wb")
-        self._tar = wds.TarWriter(self._file, mtime=0)
+        self._tar = tarfile.TarFile(fileobj=self._file, mode="w")
         self._waiting: list[Arrays] = []
         self._records = self._blocks = 0
 
@@ -73,13 +76,19 @@ class RecordWriter:
 
     def abandon(self) -> None:
         """Leave nothing behind."""
-        self._file.close()
         self._partial.unlink(missing_ok=True)
+        with suppress(OSError):  # a full disk refuses what was not written yet once more
+            self._file.close()
 
     def _write(self, block: Arrays) -> None:
         if rows := _length(block):
-            members = {f"{name}.npy": np.ascontiguousarray(array) for name, array in block.items()}
-            self._tar.write({"__key__": f"{self._path.stem}-{self._blocks:05d}", **members})
+            for name, array in block.items():
+                content = io.BytesIO()
+                np.save(content, array, allow_pickle=False)
+                member = tarfile.TarInfo(f"{self._path.stem}-{self._blocks:05d}.{name}.npy")
+                member.size = content.tell()
+                content.seek(0)
+                self._tar.addfile(member, content)
             self._records, self._blocks = self._records + rows, self._blocks + 1
 
 
@@ -105,19 +114,15 @@ class Records:
 
     @cached_property
     def _blocks(self) -> list[dict[str, NDArray[Any]]]:
-        """Every block's arrays, mapped from the file, which was compared with its checksum first."""
-        found = checksum(self.path) if self.path.is_file() else "none: it is missing"
-        if found != self.file.checksum:
-            raise CacheError(
-                f"{self.path}: its checksum is {found}, expected {self.file.checksum}. Remove it, and run "
-                "cache_teacher.py again: it writes what is missing."
-            )
-        blocks: dict[str, dict[str, NDArray[Any]]] = {}
-        with tarfile.open(self.path) as tar:
-            for member in tar:
-                key, name, _ = member.name.split(".")
-                blocks.setdefault(key, {})[name] = _mapped(self.path, member.offset_data)
-        return list(blocks.values())
+        """Every block's arrays, in the file's mapping; the file was compared with its checksum first."""
+        try:
+            found = checksum(self.path)
+            if found == self.file.checksum:
+                return _mapped(self.path)
+            fault = f"its checksum is {found}, expected {self.file.checksum}"
+        except OSError as error:
+            fault = f"cannot be read ({error.strerror})"
+        raise CacheError(f"{self.path}: {fault}. Remove it, and run cache_teacher.py again: it writes what is missing.")
 
 
 def _length(rows: Arrays) -> int:
@@ -128,11 +133,19 @@ def _joined(parts: list[Arrays]) -> dict[str, NDArray[Any]]:
     return {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
 
-def _mapped(path: Path, offset: int) -> NDArray[Any]:
-    """The array of an uncompressed .npy member that begins at a byte of a file."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-        return np.memmap(path, dtype, "r", file.tell(), shape)
+def _mapped(path: Path) -> list[dict[str, NDArray[Any]]]:
+    blocks: dict[str, dict[str, NDArray[Any]]] = {}
+    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        for member in tar:
+            key, name, _ = member.name.split(".")
+            blocks.setdefault(key, {})[name] = _array(whole, file, member.offset_data)
+    return list(blocks.values())
+
+
+def _array(whole: mmap.mmap, file: IO[bytes], offset: int) -> NDArray[Any]:
+    """Of the .npy member that begins at a byte of a file: a view of the file's mapping."""
+    file.seek(offset)
+    np.lib.format.read_magic(file)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    return np.ndarray(shape, dtype, whole, file.tell())

@@ -112,7 +112,7 @@ class Stream:
         if not self._ranks.any(error is not None or self._bad.has_news):
             return
         everyone = self._ranks.gather((str(error) if error else "", self._bad.found))
-        faults = [words for words, _ in everyone if words]
+        faults = dict.fromkeys(words for words, _ in everyone if words)
         if faults:
             raise ShardError("\n".join(faults))
         news = {name: fault for _, found in everyone for name, fault in found.items()}
@@ -142,13 +142,15 @@ class Stream:
         """This rank's share of the first held-out sequences (all, if there are fewer), with masks that never change.
 
         Every rank gets equally many batches of equal sizes, since a sharded model's forwards are collective: a short
-        share is filled up with rows of weight 0. Sums over ranks of weighted scores are those of one rank.
+        share is filled up with rows of weight 0. Sums over ranks of weighted scores are those of one rank. Collective
+        where something is attached.
         """
         held_out = self._held_out()[:sequences]
         rank, world_size = self._ranks.rank, self._ranks.world_size
         numbers = rank + world_size * np.arange(-(-len(held_out) // world_size))
         numbers_here = numbers % len(held_out)
-        batch = self._attach(self._masked(held_out[numbers_here], numbers_here, VALIDATION))
+        rows = self._masked(held_out[numbers_here], numbers_here, VALIDATION)
+        batch = attached(rows, self._attach, self._ranks)
         batch.weights[torch.from_numpy(numbers >= len(held_out))] = 0
         return list(batch.micro_batches(micro_batch))
 
@@ -171,6 +173,11 @@ class Stream:
         else:
             sequences = read_shard(self._config.shards, self.index, self.index.splits["train"][piece.number])
         yield from self._masked(sequences, np.arange(piece.start, piece.stop), piece.masking).micro_batches(micro_batch)
+
+
+def attached(batch: Batch, attach: Attach, ranks: Ranks) -> Batch:
+    """`attach(batch)`, with all ranks stopping at what one of them cannot read. Collective, if anything is attached."""
+    return batch if attach is unchanged else ranks.together(lambda: attach(batch))
 
 
 class Lane:

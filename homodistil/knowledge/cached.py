@@ -8,7 +8,8 @@ data/records.py's, how a cache is written caching.py's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,16 +22,16 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from homodistil.batch import VALIDATION, Batch
+from homodistil.batch import VALIDATION, Batch, Piece
 from homodistil.data.records import Numbers, RecordFile, Records
 from homodistil.errors import CacheError
-from homodistil.knowledge.recording import INPUTS, Recording
+from homodistil.knowledge.recording import Recording, inputs
 from homodistil.models.base import ModelFamily
 from homodistil.signals import Knowledge
 
 FILE, WRITING, HEAD = "manifest.json", "writing.json", "head.safetensors"
 FORMAT_VERSION = 1
-WRITE = "Write one with: deepspeed launchers/cache_teacher.py"
+WRITE = "deepspeed launchers/cache_teacher.py"
 
 
 class Manifest(BaseModel):
@@ -43,6 +44,8 @@ class Manifest(BaseModel):
     maskings: int
     """Maskings of each training sequence."""
     bytes_per_record: int
+    head: str | None = None
+    """XXH3-128 of the teacher's head, where there is one."""
     files: dict[str, list[RecordFile]] = {}
     """By split: `validation`, `masking-0`, `masking-1`, ...; in order of their records."""
 
@@ -51,20 +54,25 @@ class Manifest(BaseModel):
         """Of a complete cache. Raises `CacheError`."""
         path = folder / FILE
         if (folder / WRITING).is_file() and not path.is_file():
-            raise CacheError(f"cache.path {folder}: it was not written to its end. Run cache_teacher.py again.")
+            raise CacheError(f"cache.path {folder}: it was not written to its end. Go on with: {WRITE}")
         if not path.is_file():
-            raise CacheError(f"cache.path {folder}: there is no {FILE}, so no cache. {WRITE} with this recipe.")
+            raise CacheError(f"cache.path {folder}: there is no {FILE}, so no cache. Write one with: {WRITE}")
+        return cls.read(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Of a cache that is there, or being written. Raises `CacheError`."""
         try:
             manifest = cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
             fault = error.errors()[0]
             where = ".".join(map(str, fault["loc"])) or "file"
-            raise CacheError(f"{path}: {where}: {fault['msg']}. Restore it, or write the cache again.") from None
-        if manifest.format_version != FORMAT_VERSION:
-            raise CacheError(
-                f"{path}: format_version is {manifest.format_version}, expected {FORMAT_VERSION}. Write it again."
-            )
-        return manifest
+            fault_words = f"{where}: {fault['msg']}"
+        else:
+            if manifest.format_version == FORMAT_VERSION:
+                return manifest
+            fault_words = f"format_version is {manifest.format_version}, expected {FORMAT_VERSION}"
+        raise CacheError(f"{path}: {fault_words}. Restore it, or remove {path.parent} and write it anew with: {WRITE}")
 
     def check_files(self, folder: Path) -> None:
         """Raise `CacheError` unless every file is there at its size."""
@@ -74,16 +82,17 @@ class Manifest(BaseModel):
             if size != file.bytes:
                 found = "it is missing" if size is None else f"it has {size} bytes"
                 raise CacheError(
-                    f"{path}: {found}, expected {file.bytes} bytes. Remove {folder / FILE}, and run cache_teacher.py "
-                    "again: it writes what is missing."
+                    f"{path}: {found}, expected {file.bytes} bytes. Run cache_teacher.py again: it writes what is "
+                    "missing."
                 )
 
     def check(self, folder: Path, identity: Mapping[str, Any]) -> None:
         """Raise `CacheError`, naming keys and values, unless this is a cache for a run of this identity."""
-        then, now = _plain(self.identity), _plain(identity)
+        then, now = self.identity, _plain(identity)
         changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
         if changed:
-            listed = "; ".join(f"{key} is {now.get(key)!r}, the cache's {then.get(key)!r}" for key in changed)
+            both = [key for key in changed if key in then and key in now]  # what else differs follows from these
+            listed = "; ".join(f"{key} is {now.get(key)!r}, the cache's {then.get(key)!r}" for key in both or changed)
             raise CacheError(
                 f"cache.path {folder}: it holds other knowledge than this run asks for: {listed}. Set it to what the "
                 "cache has, or give another cache.path and write that with cache_teacher.py."
@@ -110,14 +119,25 @@ class Cache:
         manifest.check_files(folder)
         return cls(folder, manifest)
 
+    def check_pieces(self, pieces: Iterable[Piece]) -> None:
+        """Raise `CacheError` unless it says something of all that a run reads."""
+        files, maskings = self.manifest.files, self.manifest.maskings
+        for masking, _, _, stop in pieces:
+            known = sum(file.records for file in files.get(split_of(masking), []))
+            if known < stop:
+                is_held_out = masking == VALIDATION
+                key, most = ("validation.sequences", known) if is_held_out else ("data.maskings", maskings)
+                found = f"{known} held-out sequences" if is_held_out else f"{maskings} maskings of each sequence"
+                raise CacheError(
+                    f"cache.path {self.folder}: it has {found}, but this run reads more. Set {key} to {most}, or run "
+                    "cache_teacher.py with this recipe: it adds what is missing."
+                )
+
     def attach(self, batch: Batch) -> Batch:
         """`batch`, on the host, with its rows: what the stream does in the background. Raises `CacheError`."""
         rows = self._rows(batch.masking, batch.samples.numpy())
-        width = batch.input_ids.shape[1]
-        rows["input_ids"], rest = rows["input_ids"][:, :width], rows["input_ids"][:, width:]
-        same_B = ~rest.any(axis=1)
-        for name in INPUTS:
-            same_B &= (rows.pop(name) == getattr(batch, name).numpy()).all(axis=1)
+        expected = inputs(batch, tokens=rows["input_ids"].shape[1])
+        same_B = np.all([(rows.pop(name) == array).all(axis=1) for name, array in expected.items()], axis=0)
         if not same_B.all():
             sample = int(batch.samples[int(np.argmin(same_B))])
             raise CacheError(
@@ -130,9 +150,8 @@ class Cache:
         files = self._open.get(split_of(masking))
         if files is None or samples.max(initial=-1) >= files[1][-1]:
             raise CacheError(
-                f"cache.path {self.folder}: it has no record of sequence {samples.max()} ({split_of(masking)}). Set "
-                f"data.maskings to {self.manifest.maskings} or less, validation.sequences to what it was written with, "
-                "or write it again."
+                f"cache.path {self.folder}: it has no record of sequence {samples.max()} ({split_of(masking)}). Run "
+                "cache_teacher.py with this recipe: it adds what is missing."
             )
         records, ends = files
         file_of = np.searchsorted(ends, samples, side="right")
@@ -169,7 +188,7 @@ class CachedTeacher:
     ) -> None:
         """training, validation: the layouts of the two kinds of rows. head: the teacher's, where rows hold its last
         hidden states."""
-        self.config, self.parameters = config, cache.manifest.teacher_parameters
+        self.cache, self.config, self.parameters = cache, config, cache.manifest.teacher_parameters
         self.attach: Callable[[Batch], Batch] = cache.attach
         self._family, self._training, self._validation, self._head = family, training, validation, head
 
@@ -195,5 +214,6 @@ class CachedTeacher:
 
 
 def _plain(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON would give it back."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in identity.items()}
+    """As a manifest gives it back."""
+    plain: dict[str, Any] = json.loads(json.dumps(identity))
+    return plain

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from homodistil.batch import Batch
 from homodistil.config import CacheConfig
 from homodistil.data.hashing import Purpose, counter_hash
+from homodistil.errors import ModelError
 from homodistil.knowledge.selection import Selection, numbered
 from homodistil.knowledge.targets import Draws, TargetCodec, TopK
 from homodistil.knowledge.values import VALUE_CODECS, ValueCodec
@@ -30,8 +31,8 @@ from homodistil.models.heads import NOWHERE
 from homodistil.signals import Kept, Signals
 from homodistil.sparse_targets import SparseTargets
 
-INPUTS = ("input_ids", "scored_positions", "labels")
-"""What tells whose a row is."""
+PADDING = -1
+"""In place of an id, which any number from 0 on may be."""
 Arrays = Mapping[str, NDArray[Any]]
 Predictions = Literal["targets", "states", "logits"]
 
@@ -109,7 +110,7 @@ class Recording:
         is_chosen = self.selection.tokens is not None
         has_own_units = self.selection.units is not None and self.selection.config.units == "magnitude"
         return {
-            "masked input": 4 * self.tokens + (token.itemsize + 8) * self.slots,
+            "masked input": 4 * self.tokens + (token.itemsize + 4) * self.slots,
             "positions": cells * token.itemsize * is_chosen,
             "units": cells * units * has_own_units,
             "values": cells * self.values.bytes_per_row(self.kept_units),
@@ -127,15 +128,7 @@ class Recording:
     def encode(self, knowledge: Signals, batch: Batch) -> dict[str, NDArray[Any]]:
         """Rows of what a live teacher, whose left-out units are not zero, said of `batch`. Raises `ModelError` for
         numbers that are not finite."""
-        return self._inputs(batch) | self._hidden(knowledge) | self._predictions(knowledge, batch)
-
-    def _inputs(self, batch: Batch) -> dict[str, NDArray[Any]]:
-        width = batch.input_ids.shape[1]
-        return {
-            "input_ids": F.pad(batch.input_ids, (0, self.tokens - width)).cpu().numpy().astype(np.int32),
-            "scored_positions": batch.scored_positions.cpu().numpy().astype(_integers(self.tokens)),
-            "labels": batch.labels.cpu().numpy(),
-        }
+        return inputs(batch, self.tokens) | self._hidden(knowledge) | self._predictions(knowledge, batch)
 
     def _hidden(self, knowledge: Signals) -> dict[str, NDArray[Any]]:
         if self.states == 0:
@@ -169,9 +162,9 @@ class Recording:
     def _predictions(self, knowledge: Signals, batch: Batch) -> dict[str, NDArray[Any]]:
         if self.predictions == "states":
             assert knowledge.final_states is not None
-            return {"final_states": _bits(knowledge.final_states.to(self.dtype))}
+            return {"final_states": _bits(_finite("last hidden states", knowledge.final_states).to(self.dtype))}
         if self.predictions == "logits":
-            logits_BSV = knowledge.logits.float()
+            logits_BSV = _finite("logits", knowledge.logits).float()
             short = self.vocabulary - logits_BSV.shape[-1]
             return {"logits": F.pad(logits_BSV, (0, short), value=NOWHERE).cpu().numpy()}
         assert self.targets is not None
@@ -238,6 +231,18 @@ class Recording:
         return nothing, self.targets.decode(_below("targets_", recorded)), None
 
 
+def inputs(batch: Batch, tokens: int) -> dict[str, NDArray[Any]]:
+    """What tells whose a row is, however wide its batch is padded: the masked input, filled up to `tokens`, where it is
+    scored, and the labels."""
+    ids_BT = batch.input_ids.masked_fill(batch.attention_mask == 0, PADDING)
+    labels_BS = batch.labels if batch.labels.is_floating_point() else batch.labels.int()
+    return {
+        "input_ids": F.pad(ids_BT, (0, tokens - ids_BT.shape[1]), value=PADDING).int().cpu().numpy(),
+        "scored_positions": batch.scored_positions.cpu().numpy().astype(_integers(tokens)),
+        "labels": labels_BS.cpu().numpy(),
+    }
+
+
 def _below(prefix: str, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
@@ -245,6 +250,16 @@ def _below(prefix: str, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _integers(count: int) -> np.dtype[Any]:
     """The smallest that numbers below `count` fit."""
     return np.min_scalar_type(max(count - 1, 0))
+
+
+def _finite(name: str, values_BSx: Tensor) -> Tensor:
+    strange_BS = ~torch.isfinite(values_BSx).all(dim=-1)
+    if strange_BS.any():
+        raise ModelError(
+            f"the teacher's {name}: {int(strange_BS.sum())} of {strange_BS.numel()} slots have one that is not finite. "
+            "A cache can only keep finite ones: run the teacher in fp32 or bf16, or mend its weights."
+        )
+    return values_BSx
 
 
 def _bits(values: Tensor) -> NDArray[Any]:

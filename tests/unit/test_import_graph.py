@@ -37,6 +37,8 @@ LAYERS = (
         "run_plan",
         "cache_plan",
         "opening",
+        "cache_plan",
+        "cache_folder",
         "caching",
         "closing",
         "forecast",
