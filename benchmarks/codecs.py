@@ -60,7 +60,7 @@ EVERYTHING, LENGTH, LANES = "everything", 128, 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", type=int, default=32, help="of a batch")
+    parser.add_argument("--sequences", type=int, default=16, help="of a batch")
     parser.add_argument("--batches", type=int, default=4, help="that errors and gradients are averaged over")
     parser.add_argument("--updates", type=int, default=100, help="that the student has learned beside its teacher")
     parser.add_argument("--rounds", type=int, default=7, help="times encoding and decoding are measured")
@@ -74,15 +74,8 @@ def main() -> None:
     if options.small:
         options.sequences, options.batches, options.updates, options.rounds = 4, 1, 2, 1
     with started_ranks() as ranks, tempfile.TemporaryDirectory(prefix="codecs_") as folder:
-        tokens = 40 * LENGTH * options.sequences
-        build_shards(
-            str(TEXT),
-            Path(folder) / "shards",
-            tokenizer=TEACHER,
-            sequence_length=LENGTH,
-            shards=LANES,
-            max_tokens=tokens,
-        )
+        shards = Path(folder) / "shards"
+        build_shards(str(TEXT), shards, tokenizer=TEACHER, sequence_length=LENGTH, shards=LANES)
         rows = [row for keep in (None, options.keep) for row in measure(options, Path(folder), keep, ranks)]
     for kind in KINDS:
         Console(width=150).print(table(kind, rows, options.keep))
@@ -279,8 +272,8 @@ def columns(kind: str, keep: str) -> list[tuple[str, str, str]]:
         *errors,
         ("bytes a token", EVERYTHING, ",.1f"),
         ("bytes a token", keep, ",.1f"),
-        ("gradient's cosine", EVERYTHING, ".6f"),
-        ("gradient's cosine", keep, ".6f"),
+        ("gradient's cosine", EVERYTHING, ".7f"),
+        ("gradient's cosine", keep, ".7f"),
         ("encode, tokens/s", timed, ",.0f"),
         ("decode, tokens/s", timed, ",.0f"),
     ]
