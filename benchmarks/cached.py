@@ -70,7 +70,7 @@ WANTED_OF_CEILING, WANTED_OF_NONE = 0.85, 0.90
 def main() -> None:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", type=int, default=256 if gpu else 32, help="of a micro-batch")
+    parser.add_argument("--sequences", type=int, default=256 if gpu else 32, help="of a micro-batch; four times some")
     parser.add_argument("--micro-batches", type=int, default=4 if gpu else 1, help="of an update")
     parser.add_argument("--updates", type=int, default=8 if gpu else 2, help="of an arm's turn")
     parser.add_argument("--rounds", type=int, default=5, help="times each arm is measured")
