@@ -2,7 +2,7 @@
 # make test       lint, types and every test that isn't marked slow (what CI runs)
 # make test-all   the slow tests as well
 # make lint       ruff and mypy alone
-# make bench      every benchmark of docs/performance.md, on a GPU where there is one; half an hour on two cores
+# make bench      every benchmark of docs/performance.md, on a GPU where there is one; an hour on two cores
 #
 # make run RANKS=2 DS_CONFIG=ds_configs/zero3.json ARGS="--pruning.events 24"
 
@@ -14,7 +14,7 @@ DS_CONFIG ?= ds_configs/zero2.json
 RANKS     ?=
 ARGS      ?=
 
-BENCHMARKS := step losses loader prune schedule memory ranks
+BENCHMARKS := step losses loader prune schedule memory ranks cached codecs
 
 .PHONY: run test test-all lint bench clean
 

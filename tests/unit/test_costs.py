@@ -44,6 +44,13 @@ def test_products_are_a_forward_of_the_teacher_and_three_of_the_student_and_its_
     assert counted(widths).products == forward(FULL, 4) + 3 * (forward(widths, 4) + projections)
 
 
+def test_only_kept_tokens_of_kept_states_are_projected() -> None:
+    states, tokens = 2, 5
+    plan = blueprint(knowledge={"keep": f"{states}l_{tokens}t_0.2h"}, objective={"attention": {"weight": 0}})
+    projections = 2 * 4 * tokens * states * NARROW.hidden * FULL.hidden
+    assert counted(NARROW, plan=plan).products == forward(FULL, 4) + 3 * (forward(NARROW, 4) + projections)
+
+
 def test_without_a_teacher_there_is_only_the_student() -> None:
     cost = counted(FULL, plan=blueprint(teacher=False))
     assert cost.products == 3 * forward(FULL, 4)
