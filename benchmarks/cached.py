@@ -29,7 +29,8 @@ from benchmarks.arena import DS_CONFIGS, RATE, ZERO2
 from benchmarks.interleaved import interleave, leave
 from benchmarks.loader import VOCABULARY, build
 from benchmarks.turns import Step, Turns
-from homodistil.caching import Work, write
+from homodistil.cache_folder import Work
+from homodistil.caching import record
 from homodistil.config import RunConfig
 from homodistil.costs import micro_batch_cost
 from homodistil.data.shards import ShardIndex
@@ -175,7 +176,7 @@ def writing(options: argparse.Namespace, folder: Path, cache: str, student: Shap
 
         def step() -> dict[str, float]:
             started = time.perf_counter()
-            write(work, plan, stream, teacher_settings(plan), ranks)
+            record(plan, teacher_settings(plan), ranks)
             seconds = time.perf_counter() - started
             sequences = sum(piece.stop - piece.start for piece in work.pieces)
             return {"seconds": seconds, "sequences": sequences, "bytes a sequence": work.manifest.bytes_per_record}

@@ -37,7 +37,6 @@ LAYERS = (
         "run_plan",
         "cache_plan",
         "opening",
-        "cache_plan",
         "cache_folder",
         "caching",
         "closing",
