@@ -225,10 +225,10 @@ class CacheConfig(Section):
     """Folder of the cache; without one, the teacher runs beside the student."""
     values: Literal["fp32", "fp16", "int8", "int4"] = "fp16"
     """How hidden states are stored; what each costs is in docs/performance.md."""
-    logits: Literal["top_k", "draws", "states"] = "top_k"
-    """What is kept of a language model's predictions: the most probable words and the mass of all others; words drawn
-    from them, right on average; or the last hidden states, exact, with the teacher's head beside them. A task's few
-    logits are kept as they are."""
+    logits: Literal["draws", "top_k", "states"] = "draws"
+    """What is kept of a language model's predictions: words drawn from them, right on average; the most probable words
+    and the mass of all others, which loses much of a softened distribution; or the last hidden states, exact, with the
+    teacher's head beside them. A task's few logits are kept as they are."""
     top_k: int = Field(default=32, ge=1)
     """Words that `top_k` tells apart."""
     draws: int = Field(default=50, ge=1)

@@ -1,22 +1,20 @@
 """Records: rows of named arrays in webdataset tars, read a few rows at a time from anywhere in them.
 
 A file is a run of blocks, each one .npy member per array; all arrays have a row for each record. Nothing is compressed,
-so that a row is found by arithmetic and read through the page cache, from one mapping of the whole file: a large cache
-has more arrays than Linux allows a process mappings. What the arrays mean is knowledge/'s.
+so that a row is found by arithmetic and read through the page cache. What the arrays mean is knowledge/'s.
 """
 
 from __future__ import annotations
 
 import io
-import mmap
+import math
 import os
 import tarfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,35 +92,56 @@ class RecordWriter:
 
 @dataclass(frozen=True)
 class Records:
-    """An open file of records."""
+    """A file of records, for reading. It stays closed between two reads: a corpus has more files than a process may
+    have open."""
 
     path: Path
     file: RecordFile
+    _verified: dict[str, Any] = field(default_factory=dict)
+    """Where the arrays lie, and in which state of the file."""
 
     def rows(self, numbers: Numbers) -> dict[str, NDArray[Any]]:
-        """Every array's rows of these numbers, in this order. Raises `CacheError`."""
-        blocks = self._blocks
-        block_of, within = np.divmod(numbers, BLOCK)
-        found: dict[str, NDArray[Any]] = {}
-        for block in np.unique(block_of):
-            here = block_of == block
-            for name, array in blocks[block].items():
-                if name not in found:
-                    found[name] = np.empty((len(numbers), *array.shape[1:]), array.dtype)
-                found[name][here] = array[within[here]]
-        return found
-
-    @cached_property
-    def _blocks(self) -> list[dict[str, NDArray[Any]]]:
-        """Every block's arrays, in the file's mapping; the file was compared with its checksum first."""
+        """Every array's rows of these numbers, in this order. Raises `CacheError` for a file that is not what was
+        written; it is compared with its checksum when it is first read, and whenever it was touched since."""
         try:
-            found = checksum(self.path)
-            if found == self.file.checksum:
-                return _mapped(self.path)
-            fault = f"its checksum is {found}, expected {self.file.checksum}"
+            stat = self.path.stat()
+            places = self._places(stat.st_ino, stat.st_mtime_ns, stat.st_size)
+            whole = np.memmap(self.path, np.uint8, "r")
         except OSError as error:
-            fault = f"cannot be read ({error.strerror})"
-        raise CacheError(f"{self.path}: {fault}. Remove it, and run cache_teacher.py again: it writes what is missing.")
+            raise self._error(f"cannot be read ({error.strerror})") from None
+        block, within = np.divmod(numbers, BLOCK)
+        return {name: place.rows(whole, place.starts[block] + within * place.size) for name, place in places.items()}
+
+    def _places(self, *state: int) -> dict[str, _Place]:
+        """Where each array lies in the file. state: of the file, on which the answer depends."""
+        if self._verified.get("state") != state:
+            if (found := checksum(self.path)) != self.file.checksum:
+                raise self._error(f"its checksum is {found}, expected {self.file.checksum}")
+            self._verified.update(state=state, places=_places(self.path))
+        return self._verified["places"]
+
+    def _error(self, fault: str) -> CacheError:
+        mend = "Remove it, and run cache_teacher.py again: it writes what is missing."
+        return CacheError(f"{self.path}: {fault}. {mend}")
+
+
+class _Place(NamedTuple):
+    """One array of a file: where each block's first row begins, and what a row is."""
+
+    starts: Numbers
+    """(blocks,), in bytes."""
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def size(self) -> int:
+        """Of a row, in bytes."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+    def rows(self, whole: NDArray[np.uint8], starts: Numbers) -> NDArray[Any]:
+        """Copies of the rows that begin at these bytes."""
+        windows = np.ndarray((len(whole) - self.size + 1, self.size), np.uint8, whole, strides=(1, 1))
+        return windows[starts].view(self.dtype).reshape(-1, *self.shape)
 
 
 def _length(rows: Arrays) -> int:
@@ -133,19 +152,15 @@ def _joined(parts: list[Arrays]) -> dict[str, NDArray[Any]]:
     return {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
 
-def _mapped(path: Path) -> list[dict[str, NDArray[Any]]]:
-    blocks: dict[str, dict[str, NDArray[Any]]] = {}
+def _places(path: Path) -> dict[str, _Place]:
+    """Where the arrays of a file lie: uncompressed .npy members, one for each array and block."""
+    found: dict[str, _Place] = {}
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         for member in tar:
-            key, name, _ = member.name.split(".")
-            blocks.setdefault(key, {})[name] = _array(whole, file, member.offset_data)
-    return list(blocks.values())
-
-
-def _array(whole: mmap.mmap, file: IO[bytes], offset: int) -> NDArray[Any]:
-    """Of the .npy member that begins at a byte of a file: a view of the file's mapping."""
-    file.seek(offset)
-    np.lib.format.read_magic(file)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    return np.ndarray(shape, dtype, whole, file.tell())
+            _, name, _ = member.name.split(".")
+            file.seek(member.offset_data)
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            before = found[name].starts if name in found else np.zeros(0, dtype=np.int64)
+            found[name] = _Place(np.append(before, file.tell()), shape[1:], dtype)
+    return found
