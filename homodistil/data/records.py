@@ -1,14 +1,12 @@
 """Records: rows of named arrays in webdataset tars, read a few rows at a time from anywhere in them.
 
 A file is a run of blocks, each one .npy member per array; all arrays have a row for each record. Nothing is compressed,
-so that a row is found by arithmetic and read through the page cache, from one mapping of the whole file: a large cache
-has more arrays than Linux allows a process mappings. What the arrays mean is knowledge/'s.
+so that a row is found by arithmetic and read through the page cache. What the arrays mean is knowledge/'s.
 """
 
 from __future__ import annotations
 
 import io
-import mmap
 import os
 import tarfile
 from collections.abc import Mapping
@@ -16,9 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
@@ -134,18 +133,15 @@ def _joined(parts: list[Arrays]) -> dict[str, NDArray[Any]]:
 
 
 def _mapped(path: Path) -> list[dict[str, NDArray[Any]]]:
+    """Every block's arrays, as views of one mapping that keeps no file open. With `np.memmap`, which keeps one open for
+    each array, a large cache would need more open files, and more mappings, than a process may have."""
+    whole = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
     blocks: dict[str, dict[str, NDArray[Any]]] = {}
     with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-        whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         for member in tar:
             key, name, _ = member.name.split(".")
-            blocks.setdefault(key, {})[name] = _array(whole, file, member.offset_data)
+            file.seek(member.offset_data)
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            blocks.setdefault(key, {})[name] = np.ndarray(shape, dtype, whole, file.tell())
     return list(blocks.values())
-
-
-def _array(whole: mmap.mmap, file: IO[bytes], offset: int) -> NDArray[Any]:
-    """Of the .npy member that begins at a byte of a file: a view of the file's mapping."""
-    file.seek(offset)
-    np.lib.format.read_magic(file)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    return np.ndarray(shape, dtype, whole, file.tell())

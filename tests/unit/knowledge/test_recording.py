@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -353,7 +354,7 @@ def test_rows_stay_what_they_are_while_their_file_is_replaced_or_removed(tmp_pat
     assert records.rows(np.array([BLOCK]))["x"] == BLOCK
 
 
-def test_a_file_takes_one_mapping_however_many_blocks_it_has(tmp_path: Path) -> None:
+def test_a_file_takes_one_mapping_however_many_blocks_it_has_and_stays_open_for_none(tmp_path: Path) -> None:
     writer = RecordWriter(tmp_path / "some-0.tar")
     writer.add({name: np.zeros((40 * BLOCK, 2), np.uint8) for name in "abcdefgh"})
     file = writer.finish()
@@ -361,6 +362,7 @@ def test_a_file_takes_one_mapping_however_many_blocks_it_has(tmp_path: Path) -> 
     records.rows(np.arange(0, 40 * BLOCK, 100))
     mappings = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(file.name)]
     assert len(mappings) == 1
+    assert not [link for link in Path("/proc/self/fd").iterdir() if file.name in os.path.realpath(link)]
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing"])
