@@ -19,7 +19,7 @@ from homodistil.claim import LOCK
 from homodistil.data.examples import TaskStream
 from homodistil.data.records import RecordFile
 from homodistil.data.stream import Stream
-from homodistil.errors import CacheWriteError
+from homodistil.errors import CacheError
 from homodistil.files import PARTIAL, checksum, write_text_durably
 from homodistil.knowledge.cached import FILE, HEAD, WRITING, Manifest, split_of
 from homodistil.run_plan import Plan
@@ -92,7 +92,7 @@ class Work:
     def show(self) -> None:
         """What a token takes and what for, the whole, and the room that there is. On rank 0."""
         rows = self.layouts.training
-        table = Table("part", "bytes a token", "share", title=f"cache {self.folder}")
+        table = Table("part", "bytes a token", "share", title="cache")
         for name, size in rows.parts.items():
             if size:
                 table.add_row(name, f"{size / self.tokens:.1f}", f"{size / rows.bytes_per_record:.0%}")
@@ -102,7 +102,7 @@ class Work:
         console.print(table)
         records = sum(p.stop - p.start for p in self.pieces if p.masking != VALIDATION)
         console.print(
-            f"{records:,} records of {self.manifest.maskings} masking(s), and held-out text: "
+            f"{self.folder}: {records:,} records of {self.manifest.maskings} masking(s), and held-out text: "
             f"{_size(self.bytes(self.pieces))}, of which {_size(self.bytes(self.missing))} are still to be written; "
             f"{_size(self._free())} are free",
             highlight=False,
@@ -110,10 +110,10 @@ class Work:
         )
 
     def check_room(self) -> None:
-        """Raise `CacheWriteError` unless what is missing fits. On rank 0."""
+        """Raise `CacheError` unless what is missing fits. On rank 0."""
         needed, free = self.bytes(self.missing), self._free()
         if needed > free * (1 - SPARE):
-            raise CacheWriteError(
+            raise CacheError(
                 f"cache.path {self.folder}: {_size(needed)} are to be written, but {_size(free)} are free. Keep less "
                 "(knowledge.keep), store it smaller (cache.values, cache.top_k), lower data.maskings, or give another "
                 "cache.path."
@@ -129,7 +129,7 @@ class Work:
         if there := [folder / name for name in (WRITING, FILE) if (folder / name).is_file()]:
             Manifest.read(there[0]).check(folder, self.manifest.identity)
         elif folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - OURS):
-            raise CacheWriteError(
+            raise CacheError(
                 f"cache.path {folder}: something else lies there. Give an empty folder, or one to be made."
             )
 
@@ -148,9 +148,7 @@ class Work:
             entry = self.entry(piece)
             if entry is None:
                 path = self.folder / self.name(piece)
-                raise CacheWriteError(
-                    f"{path}: rank 0 does not see it. Set cache.path to storage that all nodes share."
-                )
+                raise CacheError(f"{path}: rank 0 does not see it. Set cache.path to storage that all nodes share.")
             files.setdefault(split_of(piece.masking), []).append(entry)
         manifest = self.manifest.model_copy(update={"files": files, "teacher_parameters": parameters, "head": head})
         write_text_durably(self.folder / FILE, manifest.model_dump_json(indent=1) + "\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -123,7 +123,8 @@ def held_out(run: RunConfig) -> int:
 def save_head(plan: Plan, model: PreTrainedModel, folder: Path) -> str:
     """The head of a teacher, beside its last hidden states. Returns its checksum."""
     weights = {name: weight.detach().cpu().clone() for name, weight in plan.family.head(model).state_dict().items()}
-    write_durably(folder / HEAD, lambda partial: save_file(weights, partial))
+    content = save(weights)  # and not `save_file`: where a disk is full, it raises no OSError
+    write_durably(folder / HEAD, lambda partial: partial.write_bytes(content))
     return checksum(folder / HEAD)
 
 

@@ -20,7 +20,7 @@ from homodistil.data.records import RecordWriter
 from homodistil.data.stream import Stream
 from homodistil.ds_config import DeepSpeedConfig
 from homodistil.engine import TeacherEngine, started_ranks
-from homodistil.errors import CacheError, CacheWriteError, ConfigError, ModelError
+from homodistil.errors import CacheError, ConfigError, ModelError
 from homodistil.files import write_text_durably
 from homodistil.models.loading import load_model
 from homodistil.opening import live_teacher, open_stream, provide_data
@@ -56,7 +56,7 @@ def record(plan: Plan, teacher_ds_config: DeepSpeedConfig, ranks: Ranks, dry_run
 
 
 def _write(work: Work, plan: Plan, stream: Stream | TaskStream, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> None:
-    """Write what is missing, then the manifest. Raises `CacheWriteError` on all ranks if one cannot write; what is
+    """Write what is missing, then the manifest. Raises `CacheError` on all ranks if one cannot write; what is
     whole stays, and the same command goes on with the rest. Collective."""
     ranks.once(work.check_place)
     with Claim(work.folder, ranks, key="cache.path", error=CacheError):
@@ -80,7 +80,7 @@ def _write_missing(work: Work, plan: Plan, stream: Stream | TaskStream, teacher:
             together = missing[start : start + ranks.world_size]
             fault = _write_together(work, plan, stream, teacher, together, ranks)
             if faults := [words for words in ranks.gather(fault) if words]:
-                raise CacheWriteError(_fault(work, "; ".join(faults)))
+                raise CacheError(_fault(work, "; ".join(faults)))
             bar.update(sum(piece.stop - piece.start for piece in together))
 
 
@@ -155,11 +155,11 @@ class _File:
 
 
 def _tried(work: Work, step: Callable[[], T]) -> T:
-    """What `step` returns; a `CacheWriteError` where it cannot write. On rank 0."""
+    """What `step` returns; a `CacheError` where it cannot write. On rank 0."""
     try:
         return step()
     except OSError as error:
-        raise CacheWriteError(_fault(work, str(error))) from None
+        raise CacheError(_fault(work, str(error))) from None
 
 
 def _fault(work: Work, cause: str) -> str:

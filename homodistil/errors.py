@@ -22,10 +22,6 @@ class DataError(HomodistilError):
     """Shards, text or a tokenizer that are missing, empty, damaged or do not belong together."""
 
 
-class CacheError(DataError):
-    """A teacher's cached knowledge that is missing, damaged, half written, or not what the run asks for."""
-
-
 class ModelError(HomodistilError):
     """A model directory that cannot serve as asked: missing, newly initialised or zero weights."""
 
@@ -50,8 +46,9 @@ class CheckpointWriteError(CheckpointError, Stopped):
     """A checkpoint that one of the ranks could not write."""
 
 
-class CacheWriteError(CacheError, Stopped):
-    """A cache that one of the ranks could not write."""
+class CacheError(DataError, Stopped):
+    """A teacher's cached knowledge that is missing, damaged, half written, not what the run asks for, or that one of
+    the ranks could not write."""
 
 
 class NonFiniteError(Stopped):

@@ -343,11 +343,11 @@ def _release_engines() -> None:
     from homodistil.checkpoint import Checkpoints
     from homodistil.engine import StudentEngine, TeacherEngine
 
-    for kind in (StudentEngine, TeacherEngine):
-        for engine in [thing for thing in gc.get_objects() if type(thing) is kind and hasattr(thing, "_engine")]:
-            engine.close()
-    for checkpoints in [thing for thing in gc.get_objects() if type(thing) is Checkpoints]:
-        checkpoints.close()
+    kinds = (StudentEngine, TeacherEngine, Checkpoints)
+    left = [thing for thing in gc.get_objects() if type(thing) in kinds]
+    for thing in sorted(left, key=lambda thing: kinds.index(type(thing))):
+        if type(thing) is Checkpoints or hasattr(thing, "_engine"):
+            thing.close()
     gc.collect()
 
 
