@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from homodistil.errors import CheckpointError
 from tests import fixtures, runs
 from tests.distributed.test_families import save_teacher
 from tests.stages import slow
@@ -167,6 +168,9 @@ def test_a_killed_run_goes_on_bit_for_bit_from_a_cache_that_was_moved(
 ) -> None:
     values = configured(folder, "cut", joint, **JOINT, checkpoint__every=2)
     pool(1).run(runs.execute, values, folder, 2, ("between_backward_and_step", 9))  # in the midst of an epoch
+    live = {**values, "cache": {**values["cache"], "path": None}}
+    with pytest.raises(CheckpointError, match="knowledge was 'cached' and is None"):
+        pool(1).run(runs.execute, live, folder, 2)
     shutil.copytree(folder / joint, folder / "elsewhere")
     for path in (folder / "elsewhere").iterdir():
         path.chmod(0o400)

@@ -293,6 +293,29 @@ def test_a_flipped_byte_stops_all_ranks_when_it_is_read_and_the_run_goes_on_afte
     assert len(list(stream.updates(0, 8))) == 8
 
 
+def read_together() -> tuple[int, str]:
+    """In a rank: something that all can read, then what rank 1 cannot. Collective."""
+    from homodistil.ranks import Ranks
+
+    ranks = Ranks.current()
+
+    def read(bad: int) -> int:
+        if ranks.rank == bad:
+            raise CacheError(f"of rank {bad}")
+        return ranks.rank
+
+    found = ranks.together(lambda: read(bad=-1))
+    try:
+        ranks.together(lambda: read(bad=1))
+    except ShardError as error:
+        return found, str(error)
+    return found, "nothing"
+
+
+def test_what_one_rank_cannot_read_stops_all_of_them(pool: Any) -> None:
+    assert pool(2).run(read_together) == [(0, "of rank 1"), (1, "of rank 1")]
+
+
 def test_a_record_of_another_input_is_never_taken_for_this_ones(folder: Path, cache: Path) -> None:
     """As if two files had changed places with their entries."""
     manifest = json.loads((cache / "manifest.json").read_text())
