@@ -7,6 +7,7 @@ import gc
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from deepspeed import DeepSpeedEngine
 
@@ -21,7 +22,7 @@ from homodistil.ranks import Ranks
 from homodistil.student import Blueprint
 from tests import fixtures, twin
 from tests.distributed import harness
-from tests.stages import STAGE_2, STAGE_2_AND_3
+from tests.stages import NAMES, STAGE_2, slow
 
 PRUNES, REBUILDS = 20, 15
 START = Widths(hidden=240, ffn=960, heads=6, head_width=40)
@@ -84,7 +85,7 @@ def twenty_prunes(stage: int) -> list[tuple[float, int, int]]:
     return seen
 
 
-@STAGE_2_AND_3
+@pytest.mark.parametrize("stage", [slow(1), slow(2), 3], ids=NAMES)
 def test_after_each_of_twenty_prunes_only_the_narrower_engine_is_alive(pool: Any, stage: int) -> None:
     for rank in pool(2).run(twenty_prunes, stage, timeout=400):
         assert [hidden for _, _, hidden in rank] == [240 - 6 * k for k in range(1, PRUNES + 1)]
