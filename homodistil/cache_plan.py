@@ -86,8 +86,7 @@ def identity(plan: Plan) -> dict[str, Any]:
     if plan.task.is_language_modeling:
         found["cache.logits"] = run.cache.logits
         if run.cache.logits != "states":
-            number = {"top_k": "top_k", "draws": "draws"}[run.cache.logits]
-            found |= {f"cache.{number}": getattr(run.cache, number)}
+            found[f"cache.{run.cache.logits}"] = getattr(run.cache, run.cache.logits)
             found["objective.kl.temperature"] = run.objective.kl.temperature
     else:
         found["task.max_length"] = run.task.max_length
@@ -106,8 +105,8 @@ def pieces_read(run: RunConfig, stream: Stream | TaskStream) -> list[Piece]:
 
 
 def maskings(run: RunConfig, stream: Stream | TaskStream) -> int:
-    """That a cache holds: `data.maskings`, or as many as the run has epochs; a benchmark's examples have one."""
-    return 1 if isinstance(stream, TaskStream) else run.data.maskings or epochs(run, stream)
+    """That a cache holds: as many as the stream has, or else one for each epoch; a benchmark's examples have one."""
+    return 1 if isinstance(stream, TaskStream) else stream.maskings or epochs(run, stream)
 
 
 def epochs(run: RunConfig, stream: Stream) -> int:

@@ -278,8 +278,8 @@ class DataConfig(Section):
     whole_word: bool = False
     """Mask whole words instead of single pieces."""
     maskings: int | None = Field(default=None, ge=1)
-    """Masks that a sequence has: in each epoch the next, then the first again; by default, every epoch's are new. A
-    cache holds the teacher's knowledge of each."""
+    """Masks that a sequence has: in each epoch the next, then the first again; by default, every epoch's are new, or,
+    for causal models, there is one that hides nothing. A cache holds the teacher's knowledge of each."""
     mask_seed: int | None = None
     """Decides the masks, and a draw of tokens and units; by default `run.seed`. Students of several seeds can share a
     cache."""

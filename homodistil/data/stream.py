@@ -101,6 +101,11 @@ class Stream:
             worker.shutdown(wait=True, cancel_futures=True)
 
     @property
+    def maskings(self) -> int | None:
+        """Of each sequence; None: new ones in every epoch. For causal models, which see all of the text, one."""
+        return self._config.maskings or (1 if self.index.task == "clm" else None)
+
+    @property
     def bad_shards(self) -> list[str]:
         """Names of the shards found bad and replaced so far, by any rank."""
         return self._bad.agreed
@@ -130,7 +135,7 @@ class Stream:
         epoch, position = divmod(update, self.updates_per_epoch)
         shares = [lane.rows(epoch, position * self._rows, self._rows) for lane in self._lanes]
         sequences, samples = (np.concatenate(parts) for parts in zip(*shares, strict=True))
-        masking = epoch % self._config.maskings if self._config.maskings else epoch
+        masking = epoch % self.maskings if self.maskings else epoch
         batch = self._attach(self._masked(sequences, samples, masking))
         return batch.pin_memory() if self._ranks.device.type == "cuda" else batch
 
