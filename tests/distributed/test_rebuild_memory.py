@@ -22,7 +22,7 @@ from homodistil.ranks import Ranks
 from homodistil.student import Blueprint
 from tests import fixtures, twin
 from tests.distributed import harness
-from tests.stages import NAMES, STAGE_2, slow
+from tests.stages import NAMES, slow
 
 PRUNES, REBUILDS = 20, 15
 START = Widths(hidden=240, ffn=960, heads=6, head_width=40)
@@ -112,7 +112,7 @@ def everything(shape: StudentShape) -> PrunePlan:
     return PrunePlan(update=0, widths=shape.widths, kept=kept)
 
 
-@STAGE_2
+@pytest.mark.parametrize("stage", [slow(1), slow(2), slow(3)], ids=NAMES)
 def test_a_rebuild_at_constant_width_leaks_less_than_a_megabyte(pool: Any, stage: int) -> None:
     for grown in pool(2).run(growth_per_rebuild, stage, timeout=400):
         assert grown < 2**20
