@@ -75,7 +75,7 @@ def main() -> None:
         options.sequences, options.batches, options.updates, options.rounds = 4, 1, 2, 1
     with started_ranks() as ranks, tempfile.TemporaryDirectory(prefix="codecs_") as folder:
         shards = Path(folder) / "shards"
-        build_shards(str(TEXT), shards, tokenizer=TEACHER, sequence_length=LENGTH, shards=LANES)
+        build_shards(str(TEXT), shards, tokenizer=TEACHER, sequence_length=[LENGTH], shards=LANES)
         rows = [row for keep in (None, options.keep) for row in measure(options, Path(folder), keep, ranks)]
     for kind in KINDS:
         Console(width=150).print(table(kind, rows, options.keep))

@@ -10,6 +10,8 @@ import fcntl
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -34,43 +36,56 @@ class Claim:
         error: type[HomodistilError] = CheckpointError,
     ) -> None:
         """key: what decides the folder, for who must choose another. error: what is raised where it cannot be had."""
-        self._folder, self._ranks, self._patience = folder, ranks, patience_seconds
-        self._key, self._error = key, error
-        self._lock: IO[str] | None = None
+        self._ranks = ranks
+        self._lock = lock(folder, key, error, patience_seconds)
+        self._held = ExitStack()
 
     def __enter__(self) -> Claim:
         """Raises the error on all ranks."""
-        self._ranks.once(self._take)
+        self._ranks.once(lambda: self._held.enter_context(self._lock))
         return self
 
     def __exit__(self, *raised: object) -> None:
-        if self._lock:
-            self._lock.close()
+        self._held.close()
 
-    def _take(self) -> None:
+
+@contextmanager
+def lock(
+    folder: Path, key: str, error: type[HomodistilError], patience_seconds: float = PATIENCE_SECONDS
+) -> Iterator[None]:
+    """The same for one process: `folder`, made where it is not there, is its alone. Raises the error."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+")
+    except OSError as fault:
+        raise _unwritable(folder, key, error, fault) from None
+    with file:
+        _wait(file, folder, key, error, patience_seconds)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self._folder / LOCK).open("a+")
-            self._wait(self._lock)
-            self._lock.truncate(0)
-            self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            self._lock.flush()
-        except OSError as error:
-            raise self._error(
-                f"{self._folder}: cannot be written ({error.strerror}). Set {self._key} to a folder with room that you "
-                "may write to."
-            ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        except OSError as fault:
+            raise _unwritable(folder, key, error, fault) from None
+        yield
 
-    def _wait(self, lock: IO[str]) -> None:
-        deadline = time.monotonic() + self._patience
-        while not _locked(lock):
-            if time.monotonic() > deadline:
-                lock.seek(0)
-                raise self._error(
-                    f"{self._folder}: this run is running already ({lock.read()}). Wait for it, stop it, or give this "
-                    f"one another {self._key}."
-                )
-            time.sleep(0.2)
+
+def _unwritable(folder: Path, key: str, error: type[HomodistilError], fault: OSError) -> HomodistilError:
+    return error(
+        f"{folder}: cannot be written ({fault.strerror}). Set {key} to a folder with room that you may write to."
+    )
+
+
+def _wait(file: IO[str], folder: Path, key: str, error: type[HomodistilError], patience_seconds: float) -> None:
+    deadline = time.monotonic() + patience_seconds
+    while not _locked(file):
+        if time.monotonic() > deadline:
+            file.seek(0)
+            raise error(
+                f"{folder}: this run is running already ({file.read()}). Wait for it, stop it, or give this "
+                f"one another {key}."
+            )
+        time.sleep(0.2)
 
 
 def _locked(file: IO[str]) -> bool:

@@ -1,36 +1,46 @@
-"""Building shards: documents become ids, ids become packed sequences, sequences are dealt to shards at random.
+"""Building shards: text becomes ids, repeated and quoted documents go, the others are packed and dealt at random.
 
-Tells the story and chooses what is held out. Leaves where text comes from to sources.py, packing to corpus.py and the
-layout on disk to shards.py.
+Tells the story and chooses what is held out. Every step is shared out in pieces that depend on the text alone, so any
+number of workers writes the same bytes; what was read stays until the end, so a build that was interrupted goes on.
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from homodistil.data.corpus import Corpus, PackedSequences
-from homodistil.data.hashing import Purpose, counter_hash, permutation
-from homodistil.data.shards import SEQUENCES_PER_MEMBER, ShardEntry, ShardIndex, SpecialTokens, write_shard
-from homodistil.data.sources import documents
+from homodistil.claim import lock
+from homodistil.data.choice import Choice, choose
+from homodistil.data.corpus import Corpus, PackedSequences, sentence_borders, sentence_starts
+from homodistil.data.dealing import deal
+from homodistil.data.encoding import Request, dtype_of
+from homodistil.data.evaluation_texts import evaluation_texts
+from homodistil.data.fingerprints import Quotable
+from homodistil.data.hashing import Purpose, permutation
+from homodistil.data.options import Deduplicate, Packing
+from homodistil.data.reading import Reading, read_all
+from homodistil.data.removals import Removals
+from homodistil.data.sampling import tokenizer_text
+from homodistil.data.shards import ShardIndex, SourceCount, SpecialTokens, Split
+from homodistil.data.sources import Part, parts_of
 from homodistil.data.tokenizer import open_tokenizer, train_tokenizer, vocabulary_hash
+from homodistil.data.workers import Workers, cores, open_workers
 from homodistil.errors import DataError
 from homodistil.tasks import LanguageTask
 
+# N documents
+
 HELD_OUT_SHARE, HELD_OUT_SEQUENCES, LARGEST_HELD_OUT_SHARE = 0.01, 256, 0.1
 """Held-out documents: this share of the tokens, or this many sequences if that is more, within the largest share."""
-TOKENIZER_CHARACTERS = 8_000_000
-"""Text that a tokenizer is trained on; more changes little and takes longer."""
-CHARACTERS_PER_TOKEN = 5
-"""English and a trained vocabulary, generously."""
 
 
 def build_shards(
@@ -40,97 +50,128 @@ def build_shards(
     task: LanguageTask = "mlm",
     tokenizer: Path | None = None,
     vocab_size: int = 8192,
-    sequence_length: int = 128,
+    sequence_length: Sequence[int] = (128,),
+    packing: Packing = "documents",
     shards: int = 64,
+    deduplicate: Deduplicate = "near",
+    decontaminate: Sequence[Path] = (),
     max_tokens: int | None = None,
     seed: int = 0,
+    workers: int | None = None,
     progress: bool = True,
-) -> ShardIndex:
-    """Write `output`: training shards of equally many sequences, one shard of held-out documents, the tokenizer.
+) -> tuple[list[ShardIndex], Removals]:
+    """Write `output`: training shards of equally many sequences, one shard of held-out documents, the tokenizer, and
+    what was removed. Returns the index of every length, and the removals.
 
     Args:
         source: one or more of what sources.py reads.
         task: `mlm` for [CLS] text [SEP], with a [SEP] after each document; `clm` for nothing but text, with an
             end-of-text token after each document.
         tokenizer: what `open_tokenizer` reads; None trains one for the task with `vocab_size` pieces on the source.
-        sequence_length: T, special tokens included.
+        sequence_length: T, special tokens included; of several, each gets a folder of its own in `output`.
+        packing: whether a sequence starts where the one before ended, or with a sentence (corpus.py).
         shards: of the training split. Sequences that do not fill them equally, at most shards - 1, are dropped.
+        deduplicate, decontaminate: which documents go (choice.py); files of texts that models are judged by.
         max_tokens: where to stop reading.
         seed: decides what is held out and which sequence goes to which shard.
+        workers: processes; None for one a core. Below mpirun its processes are the workers, whatever this says.
 
     The same arguments and text give the same bytes. `output` appears complete or not at all. Raises `DataError`.
     """
     sources = [source] if isinstance(source, str) else source
-    with _appearing_whole(output) as folder:
-        if tokenizer is None:
-            text = tokenizer_text(sources, max_tokens=max_tokens, seed=seed)
-            opened = train_tokenizer(text, vocab_size, task=task, progress=progress)
-        else:
-            opened = open_tokenizer(tokenizer, task)
-        scratch = folder / "ids.scratch"
-        frame = (opened.cls_token_id, opened.sep_token_id) if task == "mlm" else None
-        end = frame[1] if frame else opened.eos_token_id
-        corpus = Corpus.encode(documents(sources), opened, scratch, end, max_tokens=max_tokens, progress=progress)
-        train, held_out = _split(corpus, frame, sequence_length, seed)
-        _check_enough(train, held_out, shards, corpus, ", ".join(sources))
-        index = _describe(corpus, opened, task, sequence_length)
-        index.splits["train"] = _deal(folder, "train", train, shards, seed, progress)
-        index.splits["validation"] = _deal(folder, "validation", held_out, 1, seed, progress)
-        opened.save_pretrained(folder / index.tokenizer_name)
-        index.save(folder)
-        scratch.unlink()
-    return index
+    lengths = list(dict.fromkeys(sequence_length))
+    _refuse_existing(output)
+    parts = parts_of(sources)
+    given = tokenizer and open_tokenizer(tokenizer, task)
+    with open_workers(workers or min(cores(), len(parts))) as pool, _building(output) as folder:
+        opened = given or _trained(folder, parts, pool, task, vocab_size, max_tokens, seed, progress)
+        end = opened.sep_token_id if task == "mlm" else opened.eos_token_id
+        quotable = Quotable.of(evaluation_texts(decontaminate), opened)
+        request = _request(folder / "parts", opened, end, quotable, deduplicate == "near", max_tokens)
+        requests = [replace(request, part=part) for part in parts]
+        reading = read_all(requests, pool, dtype_of(len(opened)), progress)
+        choice = choose(reading.found, deduplicate)
+        corpora = _split(folder / "corpus", reading, choice, max(lengths), seed)
+        removals = Removals.of(reading, choice, opened, quotable.texts)
+        indices = []
+        for length in lengths:
+            target = folder / "output" / (str(length) if len(lengths) > 1 else ".")
+            packed = {name: _pack(corpus, length, packing, opened, task, end) for name, corpus in corpora.items()}
+            _check_enough(packed, shards, removals, folder)
+            index = _description(opened, task, length, removals)
+            target.mkdir(parents=True)
+            index.splits["train"] = deal(target, "train", packed["train"], shards, seed, pool, progress)
+            index.splits["validation"] = deal(target, "validation", packed["validation"], 1, seed, pool, progress)
+            opened.save_pretrained(target / index.tokenizer_name)
+            index.save(target)
+            indices.append(index)
+        removals.save(folder / "output")
+        (folder / "output").replace(output)
+    return indices, removals
+
+
+def _refuse_existing(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise DataError(f"output {output}: exists already. Remove it first, or give another folder.")
 
 
 @contextmanager
-def _appearing_whole(output: Path) -> Iterator[Path]:
-    """A scratch folder beside `output` that takes its name at the end, or vanishes if anything fails."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise DataError(f"output {output}: exists already. Remove it first, or give another folder.")
-    scratch = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
+def _building(output: Path) -> Iterator[Path]:
+    """A scratch folder beside `output`, this process's alone, which goes when the work is done and stays when it is
+    interrupted: then the same command goes on from what was read."""
+    scratch = output.with_name(f".{output.name}.partial")
+    with lock(scratch, "output", DataError):
+        shutil.rmtree(scratch / "output", ignore_errors=True)
+        (scratch / "corpus").mkdir(exist_ok=True)
+        (scratch / "parts").mkdir(exist_ok=True)
         yield scratch
-        scratch.replace(output)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(scratch)
 
 
-def tokenizer_text(sources: list[str], *, max_tokens: int | None = None, seed: int = 0) -> list[str]:
-    """An even sample of the documents that will be encoded, of at most about TOKENIZER_CHARACTERS.
-
-    Documents below a hash threshold are kept; whenever they grow too many, the threshold halves.
-    """
-    kept: list[tuple[int, str]] = []
-    read = size = 0
-    threshold = 2**64
-    for number, document in enumerate(documents(sources)):
-        drawn = int(counter_hash(Purpose.TOKENIZER_TEXT, seed, number)[0])
-        if drawn < threshold:
-            kept.append((drawn, document.text))
-            size += len(document.text)
-        while size > TOKENIZER_CHARACTERS:
-            threshold //= 2
-            kept = [(key, text) for key, text in kept if key < threshold]
-            size = sum(len(text) for _, text in kept)
-        read += len(document.text)
-        if max_tokens is not None and read > max_tokens * CHARACTERS_PER_TOKEN:
-            break
-    return [text for _, text in kept]
+def _trained(
+    folder: Path,
+    parts: list[Part],
+    workers: Workers,
+    task: LanguageTask,
+    vocab_size: int,
+    max_tokens: int | None,
+    seed: int,
+    progress: bool,
+) -> PreTrainedTokenizerFast:
+    """A tokenizer trained on the text, or the one that an interrupted build trained on it."""
+    decisive = [*((part, part.version) for part in parts), task, vocab_size, max_tokens, seed]
+    path = folder / f"tokenizer-{hashlib.sha256(json.dumps(decisive, default=str).encode()).hexdigest()[:16]}"
+    if not path.exists():
+        text = tokenizer_text(parts, workers, max_tokens=max_tokens, seed=seed)
+        trained = train_tokenizer(text, vocab_size, task=task, progress=progress)
+        trained.save_pretrained(folder / "tokenizer.partial")
+        (folder / "tokenizer.partial").replace(path)
+    return open_tokenizer(path, task)
 
 
-def _split(
-    corpus: Corpus, frame: tuple[int, int] | None, length: int, seed: int
-) -> tuple[PackedSequences, PackedSequences]:
-    """Training and held-out sequences."""
-    held_out = _held_out(corpus.lengths, length, seed)
-    return PackedSequences(corpus, ~held_out, length, frame), PackedSequences(corpus, held_out, length, frame)
+def _request(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, end: int, quotable: Quotable, near: bool, max_tokens: int | None
+) -> Request:
+    """What is asked for every part; tokenizer and evaluation texts lie where all workers find them."""
+    tokenizer.save_pretrained(folder / "tokenizer")
+    quotable.save(folder / "quotable.npz")
+    texts = folder / "quotable.npz" if quotable.texts else None
+    return Request(Part("", ""), folder, folder / "tokenizer", end, max_tokens, near, texts)
+
+
+def _split(folder: Path, reading: Reading, choice: Choice, longest: int, seed: int) -> dict[Split, Corpus]:
+    """Training and held-out documents, of those that stay."""
+    held_out = np.zeros_like(choice.kept)
+    held_out[choice.kept] = _held_out(reading.found.lengths[choice.kept], longest, seed)
+    chosen: dict[Split, NDArray[np.bool_]] = {"train": choice.kept & ~held_out, "validation": held_out}
+    return {
+        name: Corpus.join(folder / f"{name}.ids", reading.ids(which), reading.dtype) for name, which in chosen.items()
+    }
 
 
 def _held_out(lengths: NDArray[np.int64], length: int, seed: int) -> NDArray[np.bool_]:
-    """(documents,): the documents with the smallest hashes, as many as the held-out share takes, at least one. One that
-    alone would take more than the largest share is left to training, unless there is no other."""
+    """(N,): the documents with the smallest hashes, as many as the held-out share takes, at least one. One that alone
+    would take more than the largest share is left to training, unless there is no other."""
     total = int(lengths.sum())
     largest = LARGEST_HELD_OUT_SHARE * total
     wanted = min(max(HELD_OUT_SHARE * total, HELD_OUT_SEQUENCES * length), largest)
@@ -143,46 +184,49 @@ def _held_out(lengths: NDArray[np.int64], length: int, seed: int) -> NDArray[np.
     return chosen
 
 
-def _check_enough(train: PackedSequences, held_out: PackedSequences, shards: int, corpus: Corpus, source: str) -> None:
+def _pack(
+    corpus: Corpus, length: int, packing: Packing, tokenizer: PreTrainedTokenizerFast, task: LanguageTask, end: int
+) -> PackedSequences:
+    frame = (tokenizer.cls_token_id, tokenizer.sep_token_id) if task == "mlm" else None
+    packed = PackedSequences(corpus, length, frame)
+    if packing == "documents":
+        return packed
+    starts = corpus.path.with_suffix(".starts.npy")
+    np.save(starts, sentence_starts(sentence_borders(corpus.ids, tokenizer, end), corpus.size, packed.body))
+    return replace(packed, starts=starts)
+
+
+def _check_enough(packed: dict[Split, PackedSequences], shards: int, removals: Removals, scratch: Path) -> None:
     """Raise `DataError` unless every shard and the held-out split get a sequence."""
-    found = f"source {source}: {len(corpus.lengths)} documents with {len(corpus.ids)} tokens"
-    if not len(held_out):
+    kept = sum(source.kept for source in removals.sources.values())
+    tokens = sum(source.kept_tokens for source in removals.sources.values())
+    found = f"source {', '.join(removals.sources)}: {kept} documents with {tokens} tokens"
+    removed = f" ({len(removals.removed)} were removed)" if removals.removed else ""
+    again = f"What was read is kept in {scratch} for the next try."
+    if not len(packed["validation"]):
         raise DataError(
-            f"{found} leave no held-out sequence, since whole documents are held out. "
-            "Give at least two longer documents (a `= Title =` line starts one), or a smaller --sequence_length."
+            f"{found}{removed} leave no held-out sequence, since whole documents are held out. Give at least two "
+            f"longer documents (a `= Title =` line starts one), or a smaller --sequence_length. {again}"
         )
-    if len(train) < shards:
+    if len(packed["train"]) < shards:
         raise DataError(
-            f"{found} give {len(train)} training sequences, fewer than --shards {shards}. "
-            f"Give more text, at most --shards {max(len(train), 1)}, or a smaller --sequence_length."
+            f"{found}{removed} give {len(packed['train'])} training sequences, fewer than --shards {shards}. Give more "
+            f"text, at most --shards {max(len(packed['train']), 1)}, or a smaller --sequence_length. {again}"
         )
 
 
-def _describe(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, task: LanguageTask, length: int) -> ShardIndex:
+def _description(tokenizer: PreTrainedTokenizerFast, task: LanguageTask, length: int, removals: Removals) -> ShardIndex:
     """The index, before any shard is written."""
+    kept = {name: SourceCount(documents=s.kept, tokens=s.kept_tokens) for name, s in removals.sources.items() if s.read}
     return ShardIndex(
         task=task,
         sequence_length=length,
-        dtype="uint16" if corpus.ids.dtype == np.uint16 else "uint32",
+        dtype="uint16" if dtype_of(len(tokenizer)).itemsize == 2 else "uint32",
         vocab_size=len(tokenizer),
         tokenizer_sha256=vocabulary_hash(tokenizer),
         special_tokens=SpecialTokens.of(tokenizer, task),
-        documents=len(corpus.lengths),
-        tokens=sum(count.tokens for count in corpus.sources.values()),
-        sources=corpus.sources,
+        documents=sum(count.documents for count in kept.values()),
+        tokens=sum(count.tokens for count in kept.values()),
+        sources=kept,
         splits={},
     )
-
-
-def _deal(
-    folder: Path, split: str, sequences: PackedSequences, shards: int, seed: int, progress: bool
-) -> list[ShardEntry]:
-    """Write the sequences, in random order, to shards of equal size."""
-    order = permutation(len(sequences), Purpose.CORPUS_ORDER, seed)
-    size = len(sequences) // shards
-    entries = []
-    for shard in tqdm(range(shards), desc=f"writing {split}", unit="shard", disable=not progress):
-        mine = order[shard * size : (shard + 1) * size]
-        members = (mine[start : start + SEQUENCES_PER_MEMBER] for start in range(0, size, SEQUENCES_PER_MEMBER))
-        entries.append(write_shard(folder / f"{split}-{shard:05d}.tar", map(sequences.rows, members)))
-    return entries

@@ -1,116 +1,125 @@
-"""Corpus: every document's ids on disk, and the fixed-length sequences that a choice of documents packs into.
+"""Corpus: the ids of the documents of a split, one after another on disk, and the sequences that they are cut into.
 
-Ids stream to a file and are read back through a memory map, so a corpus need not fit in memory.
+Ids are read through a memory map, so a corpus need not fit in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from homodistil.data.shards import Sequences, SourceCount
-from homodistil.data.sources import Document
+from homodistil.data.shards import Sequences
+from homodistil.data.tokenizer import piece_texts
 
-# N sequences, T tokens of a sequence
+# N sequences, T tokens of a sequence, V vocabulary
 
-CHARACTERS_AT_ONCE = 2_000_000
+STOP = re.compile(r"""[.!?]+["'\u201d\u2019)\]]*""")
+CLOSING = re.compile(r"""["'\u201d\u2019)\].!?]+""")
+MOST_CLOSING = 2
+"""Pieces behind a full stop that still belong to its sentence."""
+IDS_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """All documents' ids one after another, each document followed by a token that ends it."""
+    """Where a split's ids lie."""
 
-    ids: Sequences
-    """(tokens,), a memory map."""
-    lengths: NDArray[np.int64]
-    """(documents,): ids of each, the one that ends it included."""
-    sources: dict[str, SourceCount]
+    path: Path
+    size: int
+    """Ids."""
+    dtype: str
 
     @classmethod
-    def encode(
-        cls,
-        texts: Iterable[Document],
-        tokenizer: PreTrainedTokenizerFast,
-        scratch: Path,
-        end: int,
-        *,
-        max_tokens: int | None = None,
-        progress: bool = False,
-    ) -> Corpus:
-        """Write documents' ids, each document's followed by `end`, to the file `scratch`, until the document with which
-        they reach `max_tokens`."""
-        dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
-        sources: dict[str, SourceCount] = {}
-        lengths: list[int] = []
-        total = 0
-        with (
-            scratch.open("wb") as file,
-            tqdm(desc="encoding", unit="tok", unit_scale=True, disable=not progress) as bar,
-        ):
-            for document, ids in _encoded(texts, tokenizer):
-                file.write(np.array([*ids, end], dtype=dtype).tobytes())
-                lengths.append(len(ids) + 1)
-                count = sources.setdefault(document.source, SourceCount())
-                count.documents, count.tokens = count.documents + 1, count.tokens + len(ids)
-                total += lengths[-1]
-                bar.update(lengths[-1])
-                if max_tokens is not None and total >= max_tokens:
-                    break
-        ids_on_disk = np.memmap(scratch, dtype, mode="r") if total else np.empty(0, dtype)
-        return cls(ids_on_disk, np.array(lengths, dtype=np.int64), sources)
+    def join(cls, path: Path, documents: Iterable[Sequences], dtype: np.dtype[np.unsignedinteger]) -> Corpus:
+        """Write documents' ids one after another."""
+        size = 0
+        with path.open("wb") as file:
+            for ids in documents:
+                file.write(ids.astype(dtype).tobytes())
+                size += len(ids)
+        return cls(path, size, dtype.str)
+
+    @property
+    def ids(self) -> Sequences:
+        """(size,)"""
+        return np.memmap(self.path, self.dtype, mode="r") if self.size else np.empty(0, self.dtype)
 
 
-def _encoded(texts: Iterable[Document], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Document, list[int]]]:
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    for batch in _batches(texts):
-        encodings = backend.encode_batch_fast([document.text for document in batch], add_special_tokens=False)
-        yield from ((document, encoding.ids) for document, encoding in zip(batch, encodings, strict=True))
-
-
-def _batches(texts: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    characters = 0
-    for document in texts:
-        batch.append(document)
-        characters += len(document.text)
-        if characters > CHARACTERS_AT_ONCE:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
+@dataclass(frozen=True)
 class PackedSequences:
-    """Some documents of a corpus, joined and cut into T ids each; a last partial cut is dropped. With a `frame` of two
-    ids, [CLS] and [SEP], the first and the last of the T are these."""
+    """A corpus cut into sequences of T ids. With a `frame` of two, [CLS] and [SEP], the first and the last are these.
 
-    def __init__(self, corpus: Corpus, chosen: NDArray[np.bool_], length: int, frame: tuple[int, int] | None = None):
-        ends = np.cumsum(corpus.lengths)
-        self._ids = corpus.ids
-        self._frame, self._length = frame, length
-        self._starts = (ends - corpus.lengths)[chosen]
-        self._joined_starts = np.cumsum(corpus.lengths[chosen]) - corpus.lengths[chosen]
-        self._body = length - 2 if frame else length
-        self._size = int(corpus.lengths[chosen].sum()) // self._body
+    Without `starts`, each sequence goes on where the one before ended, and a last partial one is dropped.
+    """
+
+    corpus: Corpus
+    length: int
+    """T."""
+    frame: tuple[int, int] | None = None
+    starts: Path | None = None
+    """(N,) on disk: where in the corpus each sequence starts."""
+
+    @property
+    def body(self) -> int:
+        """Ids of a sequence that are the corpus's."""
+        return self.length - 2 if self.frame else self.length
 
     def __len__(self) -> int:
-        return self._size
+        return len(self._starts) if self.starts else self.corpus.size // self.body
 
     def rows(self, numbers: NDArray[np.int64]) -> Sequences:
         """(N, T) sequences by their numbers (N,)."""
-        positions = numbers[:, None] * self._body + np.arange(self._body)
-        document = np.searchsorted(self._joined_starts, positions, side="right") - 1
-        bodies = self._ids[self._starts[document] + positions - self._joined_starts[document]]
-        if self._frame is None:
+        starts = self._starts[numbers] if self.starts else numbers * self.body
+        bodies = self.corpus.ids[starts[:, None] + np.arange(self.body)]
+        if self.frame is None:
             return bodies
-        sequences = np.empty((len(numbers), self._length), dtype=self._ids.dtype)
-        sequences[:, 0], sequences[:, -1] = self._frame
+        sequences = np.empty((len(numbers), self.length), dtype=bodies.dtype)
+        sequences[:, 0], sequences[:, -1] = self.frame
         sequences[:, 1:-1] = bodies
         return sequences
+
+    @property
+    def _starts(self) -> NDArray[np.int64]:
+        assert self.starts is not None
+        return np.load(self.starts, mmap_mode="r")
+
+
+def sentence_starts(borders: NDArray[np.int64], size: int, body: int) -> NDArray[np.int64]:
+    """(N,): where sequences of `body` of `size` ids start if each starts with a sentence. borders: ids behind which
+    sentences start, ascending.
+
+    The next one starts with the sentence that did not fit whole, so that nothing is lost; with the next id where a
+    sentence is longer than a sequence.
+    """
+    starts, start = [], 0
+    while start + body <= size:
+        starts.append(start)
+        before = int(np.searchsorted(borders, start + body, side="right"))
+        border = int(borders[before - 1]) if before else 0
+        start = border if border > start else start + body
+    return np.array(starts, dtype=np.int64)
+
+
+def sentence_borders(ids: Sequences, tokenizer: PreTrainedTokenizerFast, end: int) -> NDArray[np.int64]:
+    """Where in `ids` a sentence may start: behind a full stop, its closing quotes and brackets, or a document's `end`.
+
+    An abbreviation's full stop counts as well: what starts behind it starts with a word all the same.
+    """
+    texts = [text.strip() for text in piece_texts(tokenizer)]
+    stops = np.array([bool(STOP.fullmatch(text)) for text in texts])
+    closes = np.array([bool(CLOSING.fullmatch(text)) for text in texts])
+    found = []
+    for start in range(0, len(ids), IDS_AT_ONCE):
+        here = ids[start : start + IDS_AT_ONCE]
+        ends, closing = stops[here], closes[here]
+        for _ in range(MOST_CLOSING):
+            ends[1:] |= ends[:-1] & closing[1:]
+        ends[:-1] &= ~closing[1:]
+        found.append(np.flatnonzero(ends | (here == end)) + start + 1)
+    return np.concatenate([*found, np.empty(0, np.int64)])

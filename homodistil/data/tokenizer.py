@@ -23,8 +23,9 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 CONTINUATION = "##"
 VOCABULARY, MERGES = "vocab.json", "merges.txt"
 """How the names of GPT-2's files end."""
-WORD_START = "\u2581"
-"""What SentencePiece writes for the space before a word: its pieces say where a word begins, WordPiece's where not."""
+WORD_STARTS = ("\u2581", "\u0120")
+"""What SentencePiece and byte-level BPE write for the space before a word: their pieces say where a word begins,
+WordPiece's where not."""
 ROLES = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
 END_OF_TEXT = "<|endoftext|>"
 GPT2_ROLES = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), END_OF_TEXT)
@@ -175,11 +176,20 @@ def vocabulary_hash(tokenizer: PreTrainedTokenizerFast) -> str:
 
 def continuation_pieces(path: Path, vocab_size: int) -> NDArray[np.bool_]:
     """(vocab_size,) of whether a piece continues the word of the piece before it."""
-    tokenizer = open_tokenizer(path)
-    pieces = tokenizer.get_vocab()
-    marks_starts = any(piece.startswith(WORD_START) for piece in pieces)
+    return continues_word(open_tokenizer(path), vocab_size)
+
+
+def piece_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """What each piece looks like in a text, in id order."""
+    names = [str(tokenizer.convert_ids_to_tokens(number)) for number in range(len(tokenizer))]
+    return [tokenizer.convert_tokens_to_string([name]) for name in names]
+
+
+def continues_word(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> NDArray[np.bool_]:
+    """The same of an open tokenizer."""
+    continued = isinstance(tokenizer.backend_tokenizer.model, models.WordPiece)
     continues = np.zeros(vocab_size, dtype=np.bool_)
-    for piece, number in pieces.items():
-        continues[number] = not piece.startswith(WORD_START) if marks_starts else piece.startswith(CONTINUATION)
+    for piece, number in tokenizer.get_vocab().items():
+        continues[number] = piece.startswith(CONTINUATION) if continued else not piece.startswith(WORD_STARTS)
     continues[tokenizer.all_special_ids] = False
     return continues

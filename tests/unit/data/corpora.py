@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from homodistil.config import DataConfig
 from homodistil.data.build import build_shards
+from homodistil.data.shards import ShardIndex
 from homodistil.data.stream import Stream
 from tests.fixtures import SilentRanks
 
@@ -28,7 +29,12 @@ def write_text(path: Path, articles: int = 60) -> Path:
     return path
 
 
-small_shards = partial(build_shards, vocab_size=300, sequence_length=SEQUENCE_LENGTH, shards=8, progress=False)
+def small_shards(source: str | list[str], output: Path, **options: Any) -> ShardIndex:
+    """Of text that repeats itself, all of which stays."""
+    usual = {"vocab_size": 300, "shards": 8, "deduplicate": "none", "workers": 1, "progress": False}
+    length = options.pop("sequence_length", SEQUENCE_LENGTH)
+    (index,), _ = build_shards(source, output, sequence_length=[length], **{**usual, **options})
+    return index
 
 
 def ranks(rank: int, world_size: int) -> SilentRanks:

@@ -1,0 +1,173 @@
+"""Encoding a part of a corpus: its documents' ids on disk, and beside them what decides which documents stay.
+
+A part that was encoded is not read again, as long as its file, the tokenizer and what is asked of it are the same. Owns
+these two files of a part. Leaves what a part is to sources.py, what several are together to reading.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
+
+from homodistil.data.fingerprints import Quotable, signatures, words_of
+from homodistil.data.shards import Sequences
+from homodistil.data.sources import Document, Part, read
+from homodistil.data.tokenizer import open_tokenizer
+from homodistil.files import checksum, write_durably
+
+# N documents of a part, P permutations
+
+CHARACTERS_AT_ONCE = 2_000_000
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of whoever reads a part."""
+
+    part: Part
+    folder: Path
+    """For the files."""
+    tokenizer: Path
+    end: int
+    """The id that ends a document."""
+    max_tokens: int | None = None
+    """Enough of this part: documents after that with which ids reach it are not read."""
+    near: bool = True
+    """Whether near duplicates will be looked for."""
+    quotable: Path | None = None
+
+    @cached_property
+    def file(self) -> Path:
+        """Beside which the part's files lie, named by everything that decides what is in them."""
+        decisive: list[Any] = [asdict(self.part), self.part.version, self.end, self.max_tokens, self.near]
+        decisive += [checksum(path) for path in (self.tokenizer / "tokenizer.json", self.quotable) if path]
+        return self.folder / hashlib.sha256(json.dumps(decisive, default=str).encode()).hexdigest()[:24]
+
+    @property
+    def ids(self) -> Path:
+        return self.file.with_suffix(".ids")
+
+    @property
+    def found(self) -> Path:
+        return self.file.with_suffix(".npz")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A part's documents, the empty ones left out."""
+
+    lengths: NDArray[np.int64]
+    """(N,): ids of each, the one that ends it included."""
+    exact: NDArray[np.uint64]
+    """(N, 2): XXH3-128 of the text."""
+    signatures: NDArray[np.uint32]
+    """(N, P): MinHash; (N, 0) where nobody will ask."""
+    quotes: NDArray[np.int32]
+    """(N,): the evaluation text that it quotes, -1 for none."""
+    empty: NDArray[np.int64]
+    """(): documents without text."""
+
+    def save(self, path: Path) -> None:
+        with path.open("wb") as file:
+            np.savez(file, **{field.name: getattr(self, field.name) for field in fields(self)})
+
+    @classmethod
+    def load(cls, request: Request) -> Found:
+        with np.load(request.found) as found:
+            return cls(**found)
+
+    def first(self, count: int) -> Found:
+        """Of the first so many documents."""
+        return replace(self, **{name: getattr(self, name)[:count] for name in BY_DOCUMENT})
+
+
+BY_DOCUMENT = ("lengths", "exact", "signatures", "quotes")
+
+
+def together(parts: list[Found]) -> Found:
+    """Of parts one after another, at least one."""
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in BY_DOCUMENT}
+    return Found(**arrays, empty=np.array(sum(int(part.empty) for part in parts)))
+
+
+def encode_part(request: Request, tick: Callable[[int], object] = lambda ids: None) -> int:
+    """Write a part's files, unless they are there; returns its ids, which `tick` hears of on the way. Raises
+    `DataError`."""
+    if request.found.exists():
+        return int(Found.load(request).lengths.sum())
+    found: list[Found] = []
+    write_durably(request.ids, partial(_write_ids, request, found, tick))
+    all_of_it = together(found) if found else _looked_at(request, [], np.empty(0, np.uint16), np.empty(0, np.int64), 0)
+    write_durably(request.found, all_of_it.save)
+    return int(all_of_it.lengths.sum())
+
+
+def dtype_of(vocab_size: int) -> np.dtype[np.unsignedinteger]:
+    """Of ids on disk."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def _write_ids(request: Request, found: list[Found], tick: Callable[[int], object], path: Path) -> None:
+    total = 0
+    tokenizer = _opened(request.tokenizer)
+    with path.open("wb") as file:
+        for texts, empty in _batches(read(request.part)):
+            ids = _encoded(texts, tokenizer, request.end)
+            lengths = np.array([len(document) for document in ids], dtype=np.int64)
+            if request.max_tokens is not None:
+                before = total + np.cumsum(lengths) - lengths
+                lengths = lengths[before < request.max_tokens]
+            joined = np.concatenate([*ids[: len(lengths)], np.empty(0, dtype_of(len(tokenizer)))])
+            found.append(_looked_at(request, texts[: len(lengths)], joined, lengths, empty))
+            file.write(joined.tobytes())
+            total += len(joined)
+            tick(len(joined))
+            if request.max_tokens is not None and total >= request.max_tokens:
+                break
+
+
+def _looked_at(request: Request, texts: list[str], ids: Sequences, lengths: NDArray[np.int64], empty: int) -> Found:
+    exact = b"".join(xxhash.xxh3_128_digest(text.encode()) for text in texts)
+    marks, quotes = np.empty((len(texts), 0), np.uint32), np.full(len(texts), -1, np.int32)
+    if request.near or request.quotable:
+        words, counts = words_of(request.tokenizer).of(ids, lengths)
+        marks = signatures(words, counts) if request.near else marks
+        quotes = Quotable.load(request.quotable).quoted(words, counts) if request.quotable else quotes
+    return Found(lengths, np.frombuffer(exact, np.uint64).reshape(-1, 2), marks, quotes, np.array(empty))
+
+
+def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerFast, end: int) -> list[Sequences]:
+    encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [np.array([*encoding.ids, end], dtype=dtype_of(len(tokenizer))) for encoding in encodings]
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[tuple[list[str], int]]:
+    """Texts of about CHARACTERS_AT_ONCE, and how many empty ones were among them."""
+    texts: list[str] = []
+    characters = empty = 0
+    for document in documents:
+        empty += not document.text
+        texts += [document.text] if document.text else []
+        characters += len(document.text)
+        if characters > CHARACTERS_AT_ONCE:
+            yield texts, empty
+            texts, characters, empty = [], 0, 0
+    if texts or empty:
+        yield texts, empty
+
+
+@cache
+def _opened(path: Path) -> PreTrainedTokenizerFast:
+    tokenizer = open_tokenizer(path)
+    tokenizer.backend_tokenizer.no_truncation()
+    return tokenizer

@@ -1,0 +1,99 @@
+"""Workers: processes that share the work on a corpus, on this machine or, below mpirun, on all of its machines.
+
+Who tells the story submits functions of picklable things and gets their results in order; so nothing that comes out can
+depend on how many workers there are.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import Any, TypeVar, cast
+
+from homodistil.errors import DataError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
+"""What Open MPI, MPICH and its relatives tell each process that they start."""
+AHEAD = 4
+"""Items that are handed out at a time, for each worker: enough that a long one keeps nobody waiting."""
+
+
+class Workers:
+    """This process alone, or an executor's."""
+
+    def __init__(self, count: int = 1, executor: Executor | None = None) -> None:
+        self.count = count
+        self._executor = executor
+
+    @property
+    def alone(self) -> bool:
+        return self._executor is None
+
+    def results(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """In the items' order; who stops asking leaves the rest undone. Raises `DataError` where a worker died."""
+        if self._executor is None:
+            yield from map(function, items)
+            return
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                waiting.append(self._executor.submit(function, item))
+                if len(waiting) >= AHEAD * self.count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"one of {self.count} workers was killed, most likely for want of memory. Give fewer --workers; the "
+                "same command goes on from what is done."
+            ) from error
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+@contextmanager
+def open_workers(count: int | None = None) -> Iterator[Workers]:
+    """`count` processes, one for each core without; below mpirun all of its processes but the first, and they end here
+    when the work is done."""
+    if any(int(os.environ.get(name, 1)) > 1 for name in MPI_SIZES):
+        with _mpi() as workers:
+            yield workers
+    elif (count := count or cores()) == 1:
+        yield Workers()
+    else:  # spawned: a fork would copy threads of libraries in whatever state they are
+        context = get_context("spawn")
+        with ProcessPoolExecutor(count, mp_context=context, initializer=alone_on_a_core) as pool:
+            yield Workers(count, pool)
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def _mpi() -> Iterator[Workers]:
+    from mpi4py import MPI  # initialises MPI
+    from mpi4py.futures import MPICommExecutor
+
+    alone_on_a_core()
+    with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
+        if executor is not None:
+            yield Workers(MPI.COMM_WORLD.Get_size() - 1, cast(Executor, executor))
+    if MPI.COMM_WORLD.Get_rank():
+        sys.exit(0)
+
+
+def alone_on_a_core(*_: Any) -> None:
+    """One thread in each of many processes."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
