@@ -41,6 +41,8 @@ from homodistil.tasks import LanguageTask
 
 HELD_OUT_SHARE, HELD_OUT_SEQUENCES, LARGEST_HELD_OUT_SHARE = 0.01, 256, 0.1
 """Held-out documents: this share of the tokens, or this many sequences if that is more, within the largest share."""
+BYTES_OF_A_WORKER = 4_000_000
+"""Text below which another process takes longer to start than to read it."""
 
 
 def build_shards(
@@ -83,7 +85,7 @@ def build_shards(
     _refuse_existing(output)
     parts = parts_of(sources)
     given = tokenizer and open_tokenizer(tokenizer, task)
-    with open_workers(workers or min(cores(), len(parts))) as pool, _building(output) as folder:
+    with open_workers(workers or _useful_workers(parts)) as pool, _building(output) as folder:
         opened = given or _trained(folder, parts, pool, task, vocab_size, max_tokens, seed, progress)
         end = opened.sep_token_id if task == "mlm" else opened.eos_token_id
         quotable = Quotable.of(evaluation_texts(decontaminate), opened)
@@ -115,6 +117,12 @@ def _refuse_existing(output: Path) -> None:
         raise DataError(f"output {output}: exists already. Remove it first, or give another folder.")
 
 
+def _useful_workers(parts: list[Part]) -> int:
+    """One a core, if there is enough for each to do."""
+    size = sum(part.version[0] if part.version else BYTES_OF_A_WORKER for part in parts)
+    return min(cores(), len(parts), -(-size // BYTES_OF_A_WORKER)) or 1
+
+
 @contextmanager
 def _building(output: Path) -> Iterator[Path]:
     """A scratch folder beside `output`, this process's alone, which goes when the work is done and stays when it is
@@ -143,6 +151,8 @@ def _trained(
     path = folder / f"tokenizer-{hashlib.sha256(json.dumps(decisive, default=str).encode()).hexdigest()[:16]}"
     if not path.exists():
         text = tokenizer_text(parts, workers, max_tokens=max_tokens, seed=seed)
+        if not text:
+            raise DataError(f"source {', '.join(part.name for part in parts)}: 0 documents. Give text.")
         trained = train_tokenizer(text, vocab_size, task=task, progress=progress)
         trained.save_pretrained(folder / "tokenizer.partial")
         (folder / "tokenizer.partial").replace(path)

@@ -70,8 +70,9 @@ def open_workers(count: int | None = None) -> Iterator[Workers]:
             yield workers
     elif (count := count or cores()) == 1:
         yield Workers()
-    else:  # spawned: a fork would copy threads of libraries in whatever state they are
-        context = get_context("spawn")
+    else:  # from a server that has only imported: a fork of this process would copy threads in whatever state they are
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["homodistil.data.encoding"])
         with ProcessPoolExecutor(count, mp_context=context, initializer=alone_on_a_core) as pool:
             yield Workers(count, pool)
 

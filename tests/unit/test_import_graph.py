@@ -56,7 +56,7 @@ LAYERS = (
 STRANGERS = ({"pruning", "knowledge"}, {"pruning", "objective"})
 """Only the layers above know both of a pair."""
 
-ONLY_IMPORTERS = {"deepspeed": {"engine", "zero"}, "webdataset": {"data"}, "mpi4py": set[str]()}
+ONLY_IMPORTERS = {"deepspeed": {"engine", "zero"}, "webdataset": {"data"}, "mpi4py": {"data"}}
 """Third-party package -> the parts of homodistil that may import it."""
 
 

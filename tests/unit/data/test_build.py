@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from homodistil.data import build
+from homodistil.data import build, dealing, encoding, sampling
 from homodistil.data.shards import ShardIndex, read_shard, verify
-from homodistil.data.sources import documents
+from homodistil.data.sources import documents, parts_of
 from homodistil.data.tokenizer import continuation_pieces, open_tokenizer, tokenizer_hash
+from homodistil.data.workers import Workers
 from homodistil.errors import DataError
 from tests.unit.data.corpora import SEQUENCE_LENGTH, small_shards, write_text
 
@@ -110,13 +111,14 @@ def test_reading_stops_at_max_tokens(text: Path, tmp_path: Path) -> None:
     assert 3000 <= index.tokens + index.documents < 3000 + 300
 
 
-def test_a_tokenizers_training_text_is_an_even_bounded_sample(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "TOKENIZER_CHARACTERS", 8000)
-    sample = build.tokenizer_text([str(text)])
+def test_a_tokenizers_training_text_is_an_even_bounded_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = write_text(tmp_path / "long.txt", articles=400)
+    monkeypatch.setattr(sampling, "TOKENIZER_CHARACTERS", 8000)
+    sample = sampling.tokenizer_text(parts_of([str(text)]), Workers())
     titles = [int(document.split()[1]) for document in sample]
-    assert 4000 < sum(map(len, sample)) <= 8000 or len(sample) > 3
-    assert min(titles) < 20
-    assert max(titles) >= 40
+    assert 2000 < sum(map(len, sample)) <= 8000
+    assert min(titles) < 150
+    assert max(titles) >= 250
 
 
 def test_continuation_pieces_are_those_with_the_prefix(shards: Path) -> None:
@@ -138,7 +140,7 @@ def test_bad_requests_leave_nothing_behind(text: Path, tmp_path: Path, options: 
     with pytest.raises(DataError) as refused:
         small_shards(str(text), tmp_path / "out", **options)
     assert all(part in str(refused.value) for part in named), refused.value
-    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_empty_source_is_refused(tmp_path: Path) -> None:
@@ -161,16 +163,21 @@ def test_existing_shards_are_never_overwritten(text: Path, tmp_path: Path) -> No
     assert (tmp_path / "out" / "index.json").read_bytes() == before
 
 
-def test_an_interrupted_build_leaves_nothing_behind(
+def test_an_interrupted_build_leaves_nothing_that_looks_done_and_goes_on(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(build, "write_shard", interrupted)
+    monkeypatch.setattr(dealing, "write_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         small_shards(str(text), tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(encoding, "read", interrupted)
+    small_shards(str(text), tmp_path / "out")
+    verify(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "text.txt"]
 
 
 @pytest.mark.parametrize("seed", range(4))

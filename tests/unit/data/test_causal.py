@@ -51,12 +51,11 @@ def sequences_of(folder: Path, split: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("frame", [None, (1, 2)], ids=["bare", "framed"])
-def test_chosen_documents_are_joined_and_cut_into_equal_lengths(frame: tuple[int, int] | None) -> None:
-    documents = [[10, 11, 12, 3], [20, 3], [30, 31, 32, 33, 34, 35, 3], [40, 41, 3], [3]]
-    chosen = [True, False, True, True, True]
-    corpus = Corpus(np.concatenate(documents).astype(np.uint16), np.array([len(d) for d in documents]), {})
-    packed = PackedSequences(corpus, np.array(chosen), 5, frame)
-    joined = [token for document, kept in zip(documents, chosen, strict=True) if kept for token in document]
+def test_documents_are_joined_and_cut_into_equal_lengths(tmp_path: Path, frame: tuple[int, int] | None) -> None:
+    documents = [[10, 11, 12, 3], [30, 31, 32, 33, 34, 35, 3], [40, 41, 3], [3]]
+    corpus = Corpus.join(tmp_path / "ids", map(np.array, documents), np.dtype(np.uint16))
+    packed = PackedSequences(corpus, 5, frame)
+    joined = [token for document in documents for token in document]
     body = 3 if frame else 5
     cuts = [joined[start : start + body] for start in range(0, len(joined) - body + 1, body)]
     expected = [[1, *cut, 2] for cut in cuts] if frame else cuts
