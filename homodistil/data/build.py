@@ -88,8 +88,9 @@ def build_shards(
     with open_workers(workers or _useful_workers(parts)) as pool, _building(output) as folder:
         opened = given or _trained(folder, parts, pool, task, vocab_size, max_tokens, seed, progress)
         end = opened.sep_token_id if task == "mlm" else opened.eos_token_id
-        quotable = Quotable.of(evaluation_texts(decontaminate), opened)
-        request = _request(folder / "parts", opened, end, quotable, deduplicate == "near", max_tokens)
+        opened.save_pretrained(folder / "parts/tokenizer")  # where all workers find it
+        quotable = Quotable.of(evaluation_texts(decontaminate), folder / "parts/tokenizer", pool)
+        request = _request(folder / "parts", end, quotable, deduplicate == "near", max_tokens)
         requests = [replace(request, part=part) for part in parts]
         reading = read_all(requests, pool, dtype_of(len(opened)), progress)
         choice = choose(reading.found, deduplicate)
@@ -159,11 +160,8 @@ def _trained(
     return open_tokenizer(path, task)
 
 
-def _request(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, end: int, quotable: Quotable, near: bool, max_tokens: int | None
-) -> Request:
-    """What is asked for every part; tokenizer and evaluation texts lie where all workers find them."""
-    tokenizer.save_pretrained(folder / "tokenizer")
+def _request(folder: Path, end: int, quotable: Quotable, near: bool, max_tokens: int | None) -> Request:
+    """What is asked for every part."""
     quotable.save(folder / "quotable.npz")
     texts = folder / "quotable.npz" if quotable.texts else None
     return Request(Part("", ""), folder, folder / "tokenizer", end, max_tokens, near, texts)

@@ -7,7 +7,7 @@ duplicates are found by MinHash (Broder 1997; rensa's) over shingles of five wor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import chain
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from homodistil.data.hashing import GOLDEN, Hashes, mix
 from homodistil.data.tokenizer import continues_word, open_tokenizer, piece_texts
+from homodistil.data.workers import Workers
 
 # N documents, W words, G n-grams, V vocabulary, P permutations
 
@@ -28,6 +29,7 @@ SHINGLE_WORDS = 5
 PERMUTATIONS = 128
 QUOTED_WORDS = 13
 SEED = 1
+PASSAGES_AT_ONCE = 10_000
 FILTER_BITS = 24
 """A table of 2^24 flags tells most n-grams at once that they are in no evaluation text."""
 
@@ -106,18 +108,15 @@ class Quotable:
     """(G,) of the first text that has it."""
 
     @classmethod
-    def of(cls, texts: Iterable[tuple[str, Sequence[str]]], tokenizer: PreTrainedTokenizerFast) -> Quotable:
+    def of(cls, texts: Iterable[tuple[str, Sequence[str]]], tokenizer: Path, workers: Workers) -> Quotable:
         """Of each name's passages."""
-        words, backend = Words(tokenizer), tokenizer.backend_tokenizer
         names: list[str] = []
         grams, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
-        for name, passages in texts:
-            encoded = [e.ids for e in backend.encode_batch_fast(list(passages), add_special_tokens=False)]
-            lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
-            found, _ = ngrams(*words.of(np.array([*chain(*encoded)], dtype=np.int64), lengths), QUOTED_WORDS)
-            owners.append(np.full(len(found), len(names), dtype=np.int32))
+        batches = [(name, batch, tokenizer) for name, passages in texts for batch in _batches(passages)]
+        for (name, *_), found in zip(batches, workers.results(_quotable_grams, batches), strict=True):
+            names += [] if name in names else [name]
             grams.append(found)
-            names.append(name)
+            owners.append(np.full(len(found), names.index(name), dtype=np.int32))
         unique, first = np.unique(np.concatenate(grams), return_index=True)
         return cls(names, unique, np.concatenate(owners)[first])
 
@@ -153,3 +152,19 @@ class Quotable:
 def words_of(tokenizer: Path) -> Words:
     """Made once a process."""
     return Words(open_tokenizer(tokenizer))
+
+
+def _batches(passages: Sequence[str]) -> Iterator[list[str]]:
+    """Each of a text's passages once, those left out that are too short for the words that are looked for."""
+    long = [passage for passage in dict.fromkeys(passages) if len(passage) >= 2 * QUOTED_WORDS - 1]
+    for start in range(0, len(long), PASSAGES_AT_ONCE):
+        yield long[start : start + PASSAGES_AT_ONCE]
+
+
+def _quotable_grams(batch: tuple[str, list[str], Path]) -> Hashes:
+    _, passages, tokenizer = batch
+    backend = open_tokenizer(tokenizer).backend_tokenizer
+    encoded = [encoding.ids for encoding in backend.encode_batch_fast(passages, add_special_tokens=False)]
+    lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
+    ids = np.fromiter(chain.from_iterable(encoded), dtype=np.int64, count=int(lengths.sum()))
+    return ngrams(*words_of(tokenizer).of(ids, lengths), QUOTED_WORDS)[0]

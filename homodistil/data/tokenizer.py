@@ -181,8 +181,8 @@ def continuation_pieces(path: Path, vocab_size: int) -> NDArray[np.bool_]:
 
 def piece_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """What each piece looks like in a text, in id order."""
-    names = [str(tokenizer.convert_ids_to_tokens(number)) for number in range(len(tokenizer))]
-    return [tokenizer.convert_tokens_to_string([name]) for name in names]
+    alone = [[number] for number in range(len(tokenizer))]
+    return tokenizer.backend_tokenizer.decode_batch(alone, skip_special_tokens=False)
 
 
 def continues_word(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> NDArray[np.bool_]:
