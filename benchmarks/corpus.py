@@ -96,7 +96,7 @@ def cleaned(file: Path) -> list[list[str]]:
 
 def seconds_of_build(files: list[Path], output: Path, workers: Workers) -> tuple[float, int]:
     """And how many documents it removed."""
-    with mock.patch.object(build, "open_workers", lambda count: nullcontext(workers)):
+    with mock.patch.object(build, "open_workers", lambda *_: nullcontext(workers)):
         started = time.perf_counter()
         _, removals = build.build_shards(
             str(files[0].parent), output, tokenizer=TOKENIZER, shards=16, decontaminate=EVALUATION, progress=False

@@ -60,6 +60,7 @@ def build_shards(
     max_tokens: int | None = None,
     seed: int = 0,
     workers: int | None = None,
+    mpi: bool = False,
     progress: bool = True,
 ) -> tuple[list[ShardIndex], Removals]:
     """Write `output`: training shards of equally many sequences, one shard of held-out documents, the tokenizer, and
@@ -76,7 +77,8 @@ def build_shards(
         deduplicate, decontaminate: which documents go (choice.py); files of texts that models are judged by.
         max_tokens: where to stop reading.
         seed: decides what is held out and which sequence goes to which shard.
-        workers: processes; None for one a core. Below mpirun its processes are the workers, whatever this says.
+        workers: processes; None for one a core, where there is enough to do.
+        mpi: whether, below mpirun, its processes are the workers instead: then all of them must call this.
 
     The same arguments and text give the same bytes. `output` appears complete or not at all. Raises `DataError`.
     """
@@ -85,7 +87,7 @@ def build_shards(
     _refuse_existing(output)
     parts = parts_of(sources)
     given = tokenizer and open_tokenizer(tokenizer, task)
-    with open_workers(workers or _useful_workers(parts)) as pool, _building(output) as folder:
+    with open_workers(workers or _useful_workers(parts), mpi) as pool, _building(output) as folder:
         opened = given or _trained(folder, parts, pool, task, vocab_size, max_tokens, seed, progress)
         end = opened.sep_token_id if task == "mlm" else opened.eos_token_id
         opened.save_pretrained(folder / "parts/tokenizer")  # where all workers find it

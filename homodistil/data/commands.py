@@ -54,8 +54,8 @@ class BuildShards(Section):
     seed: int = 0
     """Decides which documents are held out, and the order of sequences."""
     workers: int | None = Field(default=None, ge=1)
-    """Processes; one for each core without. Below mpirun its processes do the work, all but the first. What is written
-    does not depend on it."""
+    """Processes; one for each core without. Below `mpirun` or `srun` their processes do the work, all but the first, on
+    a folder that all machines share. What is written does not depend on it."""
 
 
 class TrainTokenizer(Section):
@@ -83,7 +83,7 @@ class VerifyShards(Section):
 def build_shards(options: BuildShards) -> None:
     from homodistil.data import build
 
-    indices, removals = build.build_shards(**dict(options))
+    indices, removals = build.build_shards(**dict(options), mpi=True)
     _show(removals)
     print(f"{options.output}: {indices[0].tokens:,} tokens of {indices[0].documents:,} documents")
     for index in indices:

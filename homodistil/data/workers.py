@@ -21,8 +21,8 @@ from homodistil.errors import DataError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
-"""What Open MPI, MPICH and its relatives tell each process that they start."""
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_NUM_TASKS")
+"""What Open MPI, MPICH and its relatives, and srun tell each process that they start."""
 AHEAD = 4
 """Items that are handed out at a time, for each worker: enough that a long one keeps nobody waiting."""
 
@@ -62,13 +62,13 @@ class Workers:
 
 
 @contextmanager
-def open_workers(count: int | None = None) -> Iterator[Workers]:
-    """`count` processes, one for each core without; below mpirun all of its processes but the first, and they end here
-    when the work is done."""
-    if any(int(os.environ.get(name, 1)) > 1 for name in MPI_SIZES):
+def open_workers(count: int, mpi: bool = False) -> Iterator[Workers]:
+    """`count` processes. mpi: where mpirun or srun started this one and others, all of them call this, and all but the
+    first are the workers; they end here when the work is done."""
+    if mpi and any(int(os.environ.get(name, 1)) > 1 for name in MPI_SIZES):
         with _mpi() as workers:
             yield workers
-    elif (count := count or cores()) == 1:
+    elif count == 1:
         yield Workers()
     else:  # from a server that has only imported: a fork of this process would copy threads in whatever state they are
         context = get_context("forkserver")
@@ -84,9 +84,19 @@ def cores() -> int:
 
 @contextmanager
 def _mpi() -> Iterator[Workers]:
-    from mpi4py import MPI  # initialises MPI
-    from mpi4py.futures import MPICommExecutor
-
+    try:
+        from mpi4py import MPI  # initialises MPI
+        from mpi4py.futures import MPICommExecutor
+    except (ImportError, RuntimeError) as error:
+        raise DataError(
+            f"several processes were started, but mpi4py cannot reach MPI ({error}). Install Open MPI or MPICH, or "
+            "start one process and give --workers."
+        ) from error
+    if MPI.COMM_WORLD.Get_size() == 1:
+        raise DataError(
+            "several processes were started, but for MPI each is alone: mpirun and the MPI library that mpi4py found "
+            "don't belong together. Start one process and give --workers, or use that library's own mpirun."
+        )
     alone_on_a_core()
     with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
         if executor is not None:

@@ -20,7 +20,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from homodistil.data import sources
+from homodistil.data import readers, sources
 from homodistil.data.build import build_shards
 from homodistil.data.choice import SIMILAR
 from homodistil.data.corpus import sentence_borders, sentence_starts
@@ -254,7 +254,7 @@ def test_parts_of_large_files_hold_each_document_once(tmp_path: Path, monkeypatc
     table = pyarrow.table({"text": texts})
     parquet.write_table(table, tmp_path / "table.parquet", row_group_size=7)
     whole = [document.text for document in documents([str(tmp_path / "rows.jsonl")])]
-    monkeypatch.setattr(sources, "PART_BYTES", 1500)
+    monkeypatch.setattr(readers, "PART_BYTES", 1500)
     for name in ("rows.jsonl", "table.parquet"):
         parts = parts_of([str(tmp_path / name)])
         assert len(parts) > 8
