@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
-from pydantic_settings import CliImplicitFlag
+from pydantic_settings import CliImplicitFlag, CliPositionalArg
 
 from homodistil.arguments import parse
 from homodistil.config import RunConfig, Section
@@ -106,6 +106,15 @@ class Export(Section):
     """Where that of student.path lies now, if it was moved; only its config and a benchmark's tokenizer are read."""
     shards: Path | None = None
     """Where the run's shards lie now, if they were moved; only their tokenizer is read."""
+
+
+class Report(Section):
+    """Show what runs did, on one page with figures: of one run, or of several side by side, finished or not."""
+
+    runs: CliPositionalArg[list[Path]]
+    """Folders of runs, such as runs/quickstart."""
+    output: Path | None = None
+    """Folder for the page, figures and numbers; by default `report` in the first run's folder, or of several, here."""
 
 
 # The libraries behind a command are imported when it runs: `--help` and a misspelt flag need not wait for torch.
@@ -237,6 +246,16 @@ def verify_shards(arguments: Sequence[str]) -> None:
     commands.verify_shards(_checked(VerifyShards, parse(VerifyShards, "homodistil verify-shards", arguments)))
 
 
+def report(arguments: Sequence[str]) -> None:
+    """Show what runs did, on one page."""
+    options = _checked(Report, parse(Report, "homodistil report", arguments))
+
+    from homodistil.report import compare
+
+    own = options.runs[0] / "report" if len(options.runs) == 1 else Path("report")
+    print(compare(options.runs, options.output or own))
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "pretrain": pretrain,
     "learn-filters": learn_filters,
@@ -246,6 +265,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "measure-weights": measure_weights,
     "evaluate": evaluate,
     "export": export,
+    "report": report,
     "build-shards": build_shards,
     "train-tokenizer": train_tokenizer,
     "verify-shards": verify_shards,

@@ -20,6 +20,7 @@ from homodistil.models.shape import HIDDEN
 from homodistil.opening import Training, forget_ending, open_training, provide_data, provide_teacher
 from homodistil.preemption import Preemption
 from homodistil.pruning.coordinator import PrunePlan
+from homodistil.pruning.record import record_prune
 from homodistil.ranks import Ranks
 from homodistil.run_plan import Plan, plan_run
 from homodistil.schedule import learning_rate
@@ -120,7 +121,8 @@ def shrink(training: Training, plan: PrunePlan) -> None:
     """The narrower student in place of the wider one; the jump in KL that the prune alone caused, on one held-out
     batch, is logged. Collective."""
     started, probe, teacher = time.perf_counter(), training.held_out[0], training.teacher
-    before = training.student.validate([probe], teacher)
+    before, shape = training.student.validate([probe], teacher), training.student.shape
+    training.ranks.once(lambda: record_prune(training.plan.run.run.path, plan, shape))
     training.student = training.student.shrunk(plan)
     training.pruner.rebase(training.student.groups)
     after, seconds = training.student.validate([probe], teacher), time.perf_counter() - started

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,11 +28,14 @@ class PrunePlan:
     update: int
     widths: Widths
     kept: Mapping[str, tuple[int, ...]]
+    scores: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
+    """Group -> (U,) float64 of all units before the prune, for the record."""
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all of it."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """SHA-256 of what is decided."""
+        decided = {"update": self.update, "widths": vars(self.widths), "kept": dict(self.kept)}
+        return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 
 
 class PruningCoordinator:
@@ -62,7 +65,8 @@ class PruningCoordinator:
                 f"pruning.start: a prune is due after update {update}, but no update so far had finite gradients on "
                 "all ranks, so there are no scores. Start later, or lower optimizer.learning_rate."
             )
-        chosen = PrunePlan(update, widths, select(self._groups, self._importance.scores(), widths))
+        scores = self._importance.scores()
+        chosen = PrunePlan(update, widths, select(self._groups, scores, widths), scores)
         sizes = [f"{group.name}={group.size}" for group in self._groups]
         self._ranks.assert_same(f"prune plan after update {update}", f"{chosen.digest} of {sizes}")
         self._latest = chosen

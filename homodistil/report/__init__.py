@@ -1,0 +1,30 @@
+"""Reports: what one run did, or several side by side, for people who would rather look than read.
+
+A run writes its own when it ends; `homodistil report` makes one of any runs, finished or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from homodistil.report.figures import Picture, of_log
+from homodistil.report.history import History
+from homodistil.report.page import write_page
+from homodistil.report.units import of_units
+
+
+def write_report(run_directory: Path) -> Path:
+    """Write `report/` below a run's directory; returns the page's path. Raises `DataError`."""
+    return compare([run_directory], run_directory / "report")
+
+
+def compare(run_directories: Sequence[Path], folder: Path) -> Path:
+    """Write a report of several runs to `folder`; returns the page's path. Raises `DataError`."""
+    runs = [History.read(directory) for directory in run_directories]
+    return write_page(folder, ", ".join(run.name for run in runs), runs, pictures_of(runs))
+
+
+def pictures_of(runs: Sequence[History]) -> list[Picture]:
+    """All there is to be seen."""
+    return [*of_log(runs), *of_units(runs)]
