@@ -8,19 +8,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from homodistil.report.board import show_on_board
 from homodistil.report.figures import Picture, of_log
 from homodistil.report.history import History
-from homodistil.report.page import write_page
+from homodistil.report.page import in_markdown, write_page
 from homodistil.report.units import of_units
 
 
 def write_report(run_directory: Path) -> Path:
-    """Write `report/` below a run's directory; returns the page's path. Raises `DataError`."""
-    return compare([run_directory], run_directory / "report")
+    """Write `report/` below a run's directory, and show the same on its TensorBoard; returns the page's path. Raises
+    `DataError`."""
+    run = History.read(run_directory)
+    pictures = pictures_of([run])
+    show_on_board(run_directory, run, pictures, in_markdown(run))
+    return write_page(run_directory / "report", run.name, [run], pictures)
 
 
 def compare(run_directories: Sequence[Path], folder: Path) -> Path:
-    """Write a report of several runs to `folder`; returns the page's path. Raises `DataError`."""
+    """Write a report of one run or of several to `folder`; returns the page's path. Raises `DataError`."""
     runs = [History.read(directory) for directory in run_directories]
     return write_page(folder, ", ".join(run.name for run in runs), runs, pictures_of(runs))
 

@@ -39,6 +39,15 @@ def write_page(folder: Path, title: str, runs: Sequence[History], pictures: Sequ
     return path
 
 
+def in_markdown(run: History) -> str:
+    """What a run did and came to, for TensorBoard."""
+    lines = [f"{run.status}. {_sentence(run)}", *(f"**{fault}**" for fault in run.faults)]
+    for table in _tables([run]):
+        rows = [table["headings"], ["---"] * len(table["headings"]), *table["rows"]]
+        lines.append("\n".join("| " + " | ".join(row) + " |" for row in rows))
+    return "\n\n".join(lines)
+
+
 def _embedded(folder: Path, picture: Picture) -> dict[str, str]:
     """A picture's files beside the page, and what of them stands in it."""
     image, numbers = folder / f"{picture.name}.png", folder / f"{picture.name}.csv"

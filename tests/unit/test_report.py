@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from homodistil.cli import main
 from homodistil.errors import DataError
@@ -149,6 +150,18 @@ def test_the_map_of_units_shows_when_each_went(run: Path) -> None:
                     np.inf,
                 )
                 assert fate[layer, head * 4 + unit] == gone, (layer, head, unit)
+
+
+def test_tensorboard_shows_figures_words_and_settings(run: Path) -> None:
+    write_report(run)
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0, "tensors": 0})
+    events.Reload()
+    assert {"discrepancy", "widths", "losses", "units"} <= set(events.Tags()["images"])
+    text = events.Tensors("summary/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "finished" in text and "| student | 500,000 | 3.500 |" in text
+    plugins = events.PluginTagToContent("hparams")
+    assert any(b"run.updates" in content for content in plugins.values())
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
 
 
 def test_runs_stand_side_by_side(run: Path, tmp_path: Path) -> None:
