@@ -37,7 +37,7 @@ def flags_of(words: list[str]) -> tuple[type[BaseModel], list[str]]:
     """The settings that a command parses, and its flags."""
     if words[0] == "homodistil":
         assert words[1] in cli.COMMANDS
-        return cli.PlanRun if words[1] == "plan" else cli.Pretrain, words[2:]
+        return {"plan": cli.PlanRun, "report": cli.Report}.get(words[1], cli.Pretrain), words[2:]
     script = next(word for word in words if word.endswith(".py"))
     assert (ROOT / script).is_file()
     return SETTINGS[Path(script).name], words[words.index(script) + 1 :]

@@ -7,6 +7,8 @@ import csv
 import io
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,30 @@ def test_the_map_of_units_shows_when_each_went(run: Path) -> None:
                     np.inf,
                 )
                 assert fate[layer, head * 4 + unit] == gone, (layer, head, unit)
+
+
+def test_a_browser_of_a_phones_width_shows_it_all(run: Path, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium on PATH")
+    page = tmp_path / "measured.html"
+    measure = "document.title = [document.documentElement.scrollWidth, document.images.length, "
+    measure += "[...document.images].filter(image => image.naturalWidth > 500).length].join(' ')"
+    page.write_text(write_report(run).read_text().replace("</html>", f"<script>{measure}</script></html>"))
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--window-size=500,900",
+        f"--user-data-dir={tmp_path / 'me'}",
+    ]
+    done = subprocess.run(
+        [browser, *flags, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    found = re.search(r"<title>(\d+) (\d+) (\d+)</title>", done.stdout)
+    assert found, done.stderr[-2000:]
+    width, images, drawn = map(int, found.groups())
+    assert width <= 500 and images == drawn >= 6
 
 
 def test_tensorboard_shows_figures_words_and_settings(run: Path) -> None:
