@@ -1,7 +1,7 @@
 """docker/k8s as Kubernetes would get it: rendered by kustomize, and checked against schemas without a cluster.
 
 Core kinds have Kubernetes' own schemas, in the strict form in which a misspelt field is an error; the custom kinds'
-are in docker/k8s/schemas and refer to them.
+are in docker/schemas and refer to them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from referencing import Registry, Resource
 
 ROOT = Path(__file__).parents[1]
 K8S = ROOT / "docker" / "k8s"
+SCHEMAS = ROOT / "docker" / "schemas"
 SIZES = {"gpu-1": 1, "gpu-8": 8, "gpu-64": 64}
 """GPUs of each overlay."""
 LAUNCHERS = {"jobset": "JobSet", "trainjob": "TrainJob", "mpijob": "MPIJob"}
@@ -58,12 +59,12 @@ def validator(api_version: str, kind: str) -> jsonschema.Draft202012Validator:
     group, _, version = api_version.rpartition("/")
     if group in CUSTOM_GROUPS or group == "kustomize.config.k8s.io":
         name = "kustomization" if group == "kustomize.config.k8s.io" else kind.lower()
-        schema = json.loads((K8S / "schemas" / f"{name}.json").read_text(encoding="utf-8"))
+        schema = json.loads((SCHEMAS / f"{name}.json").read_text(encoding="utf-8"))
     else:
         prefix = f"{group.split('.')[0]}-" if group else ""
         schema = json.loads(core.joinpath(f"{kind.lower()}-{prefix}{version}.json").read_text(encoding="utf-8"))
     definitions = json.loads(core.joinpath("_definitions.json").read_text(encoding="utf-8"))
-    jobset = json.loads((K8S / "schemas" / "jobset.json").read_text(encoding="utf-8"))
+    jobset = json.loads((SCHEMAS / "jobset.json").read_text(encoding="utf-8"))
     registry: Registry[Any] = Registry().with_resources(
         [
             ("/api/_definitions.json", Resource.from_contents(definitions)),

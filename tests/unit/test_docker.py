@@ -1,0 +1,149 @@
+"""docker/: an image that can be built, runs as nobody in particular, and whose health check tells something.
+
+What needs an engine is in `test_a_recipe_runs_to_its_end_in_the_image`, for machines where docker/build_rootless.sh ran.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import requires
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from tests.manifests import K8S, ROOT, SCHEMAS
+
+DOCKER = ROOT / "docker"
+IMAGE = "localhost/homodistil:cpu"
+BUILD_TOOLS = {"gcc", "g++", "clang", "make", "cmake", "ninja-build", "build-essential", "python3-dev", "python3-pip", "git"}
+
+
+def steps() -> list[tuple[str, str]]:
+    """The Dockerfile's instructions, continued lines joined."""
+    text = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    joined = "\n".join(lines).replace("\\\n", " ")
+    return [(line.split()[0], line.split(maxsplit=1)[1]) for line in joined.splitlines() if line.strip()]
+
+
+def stage(name: str) -> list[tuple[str, str]]:
+    """Instructions of one stage."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for instruction, argument in steps():
+        if instruction == "FROM":
+            found[argument.split()[-1]] = []
+        elif found:
+            next(reversed(found.values())).append((instruction, argument))
+    return found[name]
+
+
+def environment() -> dict[str, str]:
+    """What the image sets."""
+    settings = " ".join(argument for instruction, argument in stage("runtime") if instruction == "ENV")
+    return dict(re.findall(r"(\w+)=(\S+)", settings))
+
+
+def compose() -> dict[str, Any]:
+    return dict(yaml.safe_load((DOCKER / "compose.yaml").read_text(encoding="utf-8")))
+
+
+def test_what_is_copied_is_there_and_not_ignored() -> None:
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    copies = [argument.split() for instruction, argument in steps() if instruction == "COPY"]
+    sources = [word for words in copies for word in words[:-1] if not words[0].startswith("--from")]
+    assert "homodistil" in sources
+    for source in sources:
+        assert (ROOT / source).exists(), source
+        assert {f"!{source}", f"!{Path(source).parent}"} & set(ignored), f"{source} does not reach the build"
+
+
+def test_bases_and_packages_are_pinned() -> None:
+    bases = [argument for instruction, argument in steps() if instruction == "ARG" and argument.startswith("BASE=")]
+    assert re.search(r":\S*\d{8}\S*$", bases[0]), "the tag of a day, which is not moved"
+    lines = (DOCKER / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.lower().split("==") for line in lines if not line.startswith("#"))
+    for wanted in (Requirement(line) for line in requires("homodistil") or [] if "extra ==" not in line):
+        assert pins[wanted.name.lower()] in wanted.specifier, wanted
+
+
+def test_what_runs_has_no_build_tools_and_is_not_root() -> None:
+    runs = [argument for name in ("python", "runtime") for kind, argument in stage(name) if kind == "RUN"]
+    installed = {word for run in runs for word in run.split()}
+    assert "openmpi-bin" in installed and not installed & BUILD_TOOLS
+    assert [argument for kind, argument in stage("runtime") if kind == "USER"][-1] == "1000:1000"
+
+
+def test_the_launcher_is_process_1() -> None:
+    entry = [argument for kind, argument in stage("runtime") if kind == "ENTRYPOINT"]
+    assert json.loads(entry[0]) == ["torchrun"]
+
+
+def test_home_and_every_cache_lie_where_all_manifests_mount_something_writable() -> None:
+    written = {name: value for name, value in environment().items() if re.search(r"HOME|_DIR$|CONFIGDIR", name)}
+    assert {"HOME", "HF_HOME", "TRITON_CACHE_DIR", "MPLCONFIGDIR"} <= written.keys()
+    common = yaml.safe_load((K8S / "common/pod.yaml").read_text(encoding="utf-8"))["template"]["spec"]["containers"][0]
+    mounts = {mount["mountPath"] for mount in common["volumeMounts"] if not mount.get("readOnly")}
+    assert mounts == {"/opt/homodistil/data", "/opt/homodistil/runs", "/cache", "/tmp", "/dev/shm"}
+    assert all(value.split("/")[1] == "cache" for value in written.values())
+    for service in compose()["services"].values():
+        targets = {volume.split(":")[1] for volume in service["volumes"]}
+        assert targets == mounts - {"/tmp", "/dev/shm"} and service["tmpfs"][0].startswith("/tmp")
+        assert service["read_only"] and service["cap_drop"] == ["ALL"] and service["user"] == "1000:1000"
+
+
+def test_the_compose_file_is_as_its_schema_says() -> None:
+    schema = json.loads((SCHEMAS / "compose.json").read_text(encoding="utf-8"))
+    jsonschema.validate(compose(), schema)
+    misspelt = compose()
+    misspelt["services"]["train"]["readonly"] = True
+    with pytest.raises(jsonschema.ValidationError, match="readonly"):
+        jsonschema.validate(misspelt, schema)
+
+
+def test_a_stopped_container_has_time_to_write_a_checkpoint() -> None:
+    for name in ("train", "train-cpu"):
+        grace = int(compose()["services"][name]["stop_grace_period"].removesuffix("s"))
+        assert grace > int(environment()["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+
+
+@pytest.mark.parametrize(("age_seconds", "code"), [(5, 0), (5000, 1)])
+def test_a_run_that_logs_nothing_for_too_long_is_unhealthy(tmp_path: Path, age_seconds: int, code: int) -> None:
+    run = tmp_path / "runs" / "small-1"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "run.yaml").write_text("health: {hang_timeout_seconds: 1800}")
+    (run / "metrics.jsonl").write_text("{}")
+    for path in (run / "run.yaml", run / "metrics.jsonl"):
+        os.utime(path, (time.time() - age_seconds,) * 2)
+    with (run / "checkpoints" / "lock").open("a+"):  # as homodistil/claim.py holds it
+        done = subprocess.run([sys.executable, str(DOCKER / "healthcheck.py")], capture_output=True, text=True)
+    assert done.returncode == code
+    assert code == 0 or (str(run) in done.stderr and "health.hang_timeout_seconds is 1800" in done.stderr)
+
+
+@pytest.mark.slow
+def test_a_recipe_runs_to_its_end_in_the_image(tmp_path: Path) -> None:
+    podman = shutil.which("podman")
+    if podman is None or subprocess.run([podman, "image", "exists", IMAGE]).returncode:
+        pytest.skip(f"podman has no image {IMAGE}: run docker/build_rootless.sh first")
+    flags = ["--standalone", "--nproc-per-node", "2", "launchers/pretrain.py", "--recipe", "smoke"]
+    done = subprocess.run(
+        [str(DOCKER / "try_image.sh"), IMAGE, *flags],
+        env={**os.environ, "OUTPUT": str(tmp_path), "NAME": f"homodistil-{os.getpid()}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    summary = json.loads((tmp_path / "runs/smoke/summary.json").read_text())
+    assert (summary["world_size"], summary["exit_status"]) == (2, 0)
+    assert (tmp_path / "runs/smoke").stat().st_uid == 1000
