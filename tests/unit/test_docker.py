@@ -1,6 +1,6 @@
 """docker/: an image that can be built, runs as nobody in particular, and whose health check tells something.
 
-What needs an engine is in `test_a_recipe_runs_to_its_end_in_the_image`, for machines where docker/build_rootless.sh ran.
+What needs an engine is in `test_a_recipe_runs_to_its_end_in_the_image`, for where docker/build_rootless.sh ran.
 """
 
 from __future__ import annotations
@@ -25,7 +25,18 @@ from tests.manifests import K8S, ROOT, SCHEMAS
 
 DOCKER = ROOT / "docker"
 IMAGE = "localhost/homodistil:cpu"
-BUILD_TOOLS = {"gcc", "g++", "clang", "make", "cmake", "ninja-build", "build-essential", "python3-dev", "python3-pip", "git"}
+BUILD_TOOLS = {
+    "gcc",
+    "g++",
+    "clang",
+    "make",
+    "cmake",
+    "ninja-build",
+    "build-essential",
+    "python3-dev",
+    "python3-pip",
+    "git",
+}
 
 
 def steps() -> list[tuple[str, str]]:
