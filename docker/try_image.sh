@@ -12,7 +12,8 @@ output=${OUTPUT:-$(mktemp -d)}
 mkdir -p "$output"/{data,runs,cache}
 chown 1000:1000 "$output"/{data,runs,cache}
 echo "$output"
-exec podman --runtime runc run --rm --name "${NAME:-homodistil-try}" --read-only --read-only-tmpfs=false --user 1000:1000 \
+exec podman --runtime runc run --rm --name "${NAME:-homodistil-try}" --no-healthcheck \
+  --read-only --read-only-tmpfs=false --user 1000:1000 \
   --cap-drop ALL --security-opt no-new-privileges --network none --tmpfs /tmp:mode=1777 --shm-size 1g \
   --ulimit nofile=1024:1024 --ulimit nproc=4096:4096 --env OMP_NUM_THREADS \
   --volume "$output/data:/opt/homodistil/data" --volume "$output/runs:/opt/homodistil/runs" \

@@ -13,7 +13,7 @@ from homodistil.config import RunConfig
 from homodistil.errors import Preempted
 from tests.manifests import K8S, LAUNCHERS, SIZES, Object, faults, pods, render, with_launcher
 
-FOLDERS = ["base", "data", "cache"]
+FOLDERS = ["base", "shell", "data", "cache"]
 
 
 @pytest.fixture(scope="module")
