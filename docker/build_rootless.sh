@@ -28,6 +28,7 @@ lend_pip() {
   cert=$(sed -n 's/^cert = //p' "$scratch/pip.conf")
   sed -i 's/^cert = .*/cert = \/etc\/pip.cert/' "$scratch/pip.conf" # its own path is the ca-certificates package's
   mounts=(--volume "$scratch/pip.conf:/etc/pip.conf:ro" ${cert:+--volume "$cert:/etc/pip.cert:ro"})
+  # shellcheck disable=SC2013 # words are meant: a value may name several
   for word in $(cut -d= -f2- "$scratch/pip.conf"); do
     path=${word#file://}
     path=${path%/simple} # an index's files lie beside it

@@ -24,7 +24,7 @@ def gpus_answer() -> bool:
     return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
-def runs_here(processes: Path = Path("/proc")) -> set[Path]:
+def runs_here(processes: Path) -> set[Path]:
     """Folders of the runs that a process of this container writes."""
     files = set()
     for descriptor in processes.glob("[0-9]*/fd/*"):
@@ -45,8 +45,8 @@ def stands_still(run: Path, now: float) -> str:
     return f"{log}: nothing logged for {since:.0f} s, health.hang_timeout_seconds is {limit}" if since > limit else ""
 
 
-def main() -> None:
-    faults = [fault for run in runs_here() if (fault := stands_still(run, time.time()))]
+def main(processes: Path = Path("/proc")) -> None:
+    faults = [fault for run in runs_here(processes) if (fault := stands_still(run, time.time()))]
     if not gpus_answer():
         faults.append("the NVIDIA driver no longer answers, or counts no GPU")
     if faults:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from homodistil.claim import LOCK
 from tests.manifests import K8S, ROOT, SCHEMAS
 
 DOCKER = ROOT / "docker"
@@ -129,18 +130,38 @@ def test_a_stopped_container_has_time_to_write_a_checkpoint() -> None:
         assert grace > int(environment()["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
 
 
-@pytest.mark.parametrize(("age_seconds", "code"), [(5, 0), (5000, 1)])
-def test_a_run_that_logs_nothing_for_too_long_is_unhealthy(tmp_path: Path, age_seconds: int, code: int) -> None:
-    run = tmp_path / "runs" / "small-1"
+@pytest.fixture
+def run_here(tmp_path: Path) -> Path:
+    """A run whose lock process 7 of `tmp_path`/proc holds, as homodistil/claim.py does."""
+    run, descriptors = tmp_path / "runs" / "small-1", tmp_path / "proc" / "7" / "fd"
     (run / "checkpoints").mkdir(parents=True)
+    descriptors.mkdir(parents=True)
+    (descriptors / "3").symlink_to(run / "checkpoints" / LOCK)
     (run / "run.yaml").write_text("health: {hang_timeout_seconds: 1800}")
     (run / "metrics.jsonl").write_text("{}")
+    return run
+
+
+def last_written(run: Path, seconds_ago: float) -> None:
     for path in (run / "run.yaml", run / "metrics.jsonl"):
-        os.utime(path, (time.time() - age_seconds,) * 2)
-    with (run / "checkpoints" / "lock").open("a+"):  # as homodistil/claim.py holds it
-        done = subprocess.run([sys.executable, str(DOCKER / "healthcheck.py")], capture_output=True, text=True)
-    assert done.returncode == code
-    assert code == 0 or (str(run) in done.stderr and "health.hang_timeout_seconds is 1800" in done.stderr)
+        os.utime(path, (time.time() - seconds_ago,) * 2)
+
+
+def test_a_run_that_logs_is_healthy_and_one_that_logs_nothing_for_too_long_is_not(
+    run_here: Path, tmp_path: Path
+) -> None:
+    check = runpy.run_path(str(DOCKER / "healthcheck.py"))["main"]
+    last_written(run_here, seconds_ago=1700)
+    check(tmp_path / "proc")
+    last_written(run_here, seconds_ago=1900)
+    with pytest.raises(SystemExit, match=r"small-1/metrics.jsonl: nothing logged for 19\d\d s"):
+        check(tmp_path / "proc")
+
+
+def test_a_container_that_holds_no_run_is_healthy(run_here: Path, tmp_path: Path) -> None:
+    last_written(run_here, seconds_ago=1900)
+    (tmp_path / "proc/7/fd/3").unlink()
+    runpy.run_path(str(DOCKER / "healthcheck.py"))["main"](tmp_path / "proc")
 
 
 @pytest.mark.slow
