@@ -15,7 +15,7 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
 make_base() {
-  debootstrap --variant=minbase bookworm "$scratch/base" "${DEBIAN_MIRROR:-http://deb.debian.org/debian}"
+  debootstrap --variant=minbase bookworm "$scratch/base" ${DEBIAN_MIRROR:+"$DEBIAN_MIRROR"}
   tar -C "$scratch/base" -c . | podman import - "$base"
 }
 
