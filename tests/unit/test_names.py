@@ -41,12 +41,11 @@ PLACEHOLDERS = {"ds_configs/zeroS.json"}
 """A document's S is for a stage."""
 OUTSIDE_FLAGS = {
     "deepspeed": {"--num_accelerators", "--hostfile", "--num_nodes"},
-    "sbatch, srun, scontrol": {"--signal", "--requeue"},
+    "sbatch, srun, scontrol": {"--signal", "--requeue", "--mpi"},
     "docker, apt-get": {"--profile", "--build-arg", "--entrypoint", "--rm", "--no-install-recommends"},
     "kubectl": {"--for", "--timeout"},
     "mpirun": {"--bind-to"},
     "tensorboard": {"--logdir", "--bind_all", "--port"},
-    "data_prep/build_shards.py, soon": {"--workers"},
     "all": {"--help"},
 }
 """Flags of programs that are not ours, where a document or a manifest names them."""
@@ -155,7 +154,7 @@ OURS = [(where, words) for where, words in manifest_commands() if any(word.endsw
 def test_what_a_manifest_starts_can_be_started(where: str, words: list[str]) -> None:
     at, script = next((i, word) for i, word in enumerate(words) if word.endswith(".py"))
     assert (ROOT / script).is_file()
-    flags = [word for i, word in enumerate(words) if i > at and "--workers" not in (word, words[i - 1])]
+    flags = words[at + 1 :]
     given = parse(SETTINGS[Path(script).name], "program", flags)
     assert (ROOT / given.get("ds_config", "ds_configs/zero2.json")).is_file()
     launcher = get_args_parser()._option_string_actions
