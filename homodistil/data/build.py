@@ -91,7 +91,7 @@ def build_shards(
         opened = given or _trained(folder, parts, pool, task, vocab_size, max_tokens, seed, progress)
         end = opened.sep_token_id if task == "mlm" else opened.eos_token_id
         opened.save_pretrained(folder / "parts/tokenizer")  # where all workers find it
-        quotable = Quotable.of(evaluation_texts(decontaminate), folder / "parts/tokenizer", pool)
+        quotable = Quotable.of(evaluation_texts(decontaminate), pool)
         request = _request(folder / "parts", end, quotable, deduplicate == "near", max_tokens)
         requests = [replace(request, part=part) for part in parts]
         reading = read_all(requests, pool, dtype_of(len(opened)), progress)

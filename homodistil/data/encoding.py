@@ -107,7 +107,7 @@ def encode_part(request: Request, tick: Callable[[int], object] = lambda ids: No
         return int(Found.load(request).lengths.sum())
     found: list[Found] = []
     write_durably(request.ids, partial(_write_ids, request, found, tick))
-    all_of_it = together(found) if found else _looked_at(request, [], np.empty(0, np.uint16), np.empty(0, np.int64), 0)
+    all_of_it = together(found) if found else _looked_at(request, [], np.empty(0, np.int64), 0)
     write_durably(request.found, all_of_it.save)
     return int(all_of_it.lengths.sum())
 
@@ -128,7 +128,7 @@ def _write_ids(request: Request, found: list[Found], tick: Callable[[int], objec
                 before = total + np.cumsum(lengths) - lengths
                 lengths = lengths[before < request.max_tokens]
             joined = np.concatenate([*ids[: len(lengths)], np.empty(0, dtype_of(len(tokenizer)))])
-            found.append(_looked_at(request, texts[: len(lengths)], joined, lengths, empty))
+            found.append(_looked_at(request, texts[: len(lengths)], lengths, empty))
             file.write(joined.tobytes())
             total += len(joined)
             tick(len(joined))
@@ -136,11 +136,11 @@ def _write_ids(request: Request, found: list[Found], tick: Callable[[int], objec
                 break
 
 
-def _looked_at(request: Request, texts: list[str], ids: Sequences, lengths: NDArray[np.int64], empty: int) -> Found:
+def _looked_at(request: Request, texts: list[str], lengths: NDArray[np.int64], empty: int) -> Found:
     exact = b"".join(xxhash.xxh3_128_digest(text.encode()) for text in texts)
     marks, quotes = np.empty((len(texts), 0), np.uint32), np.full(len(texts), -1, np.int32)
     if request.near or request.quotable:
-        words, counts = words_of(request.tokenizer).of(ids, lengths)
+        words, counts = words_of(texts)
         marks = signatures(words, counts) if request.near else marks
         quotes = Quotable.load(request.quotable).quoted(words, counts) if request.quotable else quotes
     return Found(lengths, np.frombuffer(exact, np.uint64).reshape(-1, 2), marks, quotes, np.array(empty))

@@ -24,7 +24,7 @@ from homodistil.data import readers, sources
 from homodistil.data.build import build_shards
 from homodistil.data.choice import SIMILAR
 from homodistil.data.corpus import sentence_borders, sentence_starts
-from homodistil.data.fingerprints import QUOTED_WORDS, Words, ngrams, signatures
+from homodistil.data.fingerprints import QUOTED_WORDS, ngrams, signatures, words_of
 from homodistil.data.shards import ShardIndex, read_shard, verify
 from homodistil.data.sources import documents, parts_of, read
 from homodistil.data.tokenizer import open_tokenizer, train_tokenizer
@@ -181,14 +181,10 @@ def spoken(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.lower())
 
 
-@pytest.mark.parametrize("task", ["mlm", "clm"])
-def test_ngrams_are_those_of_words_whatever_the_tokenizer(task: str) -> None:
-    """Two windows have equal hashes if and only if they are the same words; documents don't run into each other."""
-    texts = [prose(60, 5), prose(3, 6), "", prose(40, 7) + " " + prose(60, 5)[:150], "..."]
-    opened = train_tokenizer([prose(8000, 1)], 500, task=task)  # type: ignore[arg-type]
-    encoded = [opened.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-    ids, lengths = np.array([i for document in encoded for i in document]), np.array([len(d) for d in encoded])
-    words, counts = Words(opened).of(ids, lengths)
+def test_ngrams_are_those_of_words() -> None:
+    """Two windows have equal hashes if and only if they are the same words; texts don't run into each other."""
+    texts = ["", prose(60, 5), prose(3, 6), "", prose(40, 7) + " " + prose(60, 5)[:150], "on no NO 12 21 don't", "..."]
+    words, counts = words_of(texts)
     expected = [spoken(text) for text in texts]
     assert counts.tolist() == [len(document) for document in expected]
     for n in (1, 5, 13):
@@ -199,13 +195,37 @@ def test_ngrams_are_those_of_words_whatever_the_tokenizer(task: str) -> None:
         assert len(pairs) == len(set(windows)) == len(set(grams.tolist()))
 
 
-def test_signatures_estimate_the_jaccard_similarity_of_shingles(tokenizer: Path) -> None:
-    opened = open_tokenizer(tokenizer)
+def test_ideographs_are_words_of_their_own() -> None:
+    words, counts = words_of(["\u4e2d\u6587abc \u4e2d", "abc"])
+    assert counts.tolist() == [4, 1] and words[0] == words[3] and words[2] == words[4]
+
+
+def test_texts_without_words_have_none() -> None:
+    for texts in ([], [""], ["", "...", ""]):
+        words, counts = words_of(texts)
+        assert len(words) == 0 and counts.tolist() == [0] * len(texts)
+
+
+def test_quotations_and_duplicates_are_found_however_a_cased_tokenizer_cuts_them(tmp_path: Path) -> None:
+    """Byte-level pieces differ with case, and with what stands before a word."""
+    opened = train_tokenizer([prose(8000, 1)], 2000, task="clm")
+    opened.save_pretrained(tmp_path / "cased")
+    evaluation = prose(QUOTED_WORDS, 77)
+    (tmp_path / "dev.jsonl").write_text(json.dumps(evaluation))
+    clean = [prose(180, 500 + number) for number in range(30)]
+    quoted = " ".join(f'"{word}"' for word in evaluation.split())
+    write_rows(tmp_path / "rows.jsonl", [*clean, f"{prose(50, 1)} {quoted}", clean[4].upper()])
+    _, removals = build_shards(
+        str(tmp_path / "rows.jsonl"), tmp_path / "out", tokenizer=tmp_path / "cased", task="clm",
+        sequence_length=[32], shards=2, decontaminate=[tmp_path / "dev.jsonl"], workers=1, progress=False,
+    )  # fmt: skip
+    assert [(line["document"], line["why"]) for line in removals.removed] == [(30, "quotes"), (31, "near")]
+
+
+def test_signatures_estimate_the_jaccard_similarity_of_shingles() -> None:
     base = prose(400, 9).split()
     texts = [" ".join(base[:keep] + prose(400, 10).split()[keep:]) for keep in (400, 360, 300, 200, 0)]
-    encoded = [opened.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-    ids, lengths = np.array([i for document in encoded for i in document]), np.array([len(d) for d in encoded])
-    found = signatures(*Words(opened).of(ids, lengths))
+    found = signatures(*words_of(texts))
     shingles = [{tuple(w[i : i + 5]) for i in range(len(w) - 4)} for w in map(spoken, texts)]
     for row, (one, other) in enumerate(pairwise(shingles), start=1):
         wanted = len(shingles[0] & shingles[row]) / len(shingles[0] | shingles[row])
