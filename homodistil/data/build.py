@@ -35,6 +35,7 @@ from homodistil.data.sources import Part, parts_of
 from homodistil.data.tokenizer import open_tokenizer, train_tokenizer, vocabulary_hash
 from homodistil.data.workers import Workers, cores, open_workers
 from homodistil.errors import DataError
+from homodistil.files import sha256
 from homodistil.tasks import LanguageTask
 
 # N documents
@@ -90,9 +91,8 @@ def build_shards(
     with open_workers(workers or _useful_workers(parts), mpi) as pool, _building(output) as folder:
         opened = given or _trained(folder, parts, pool, task, vocab_size, max_tokens, seed, progress)
         end = opened.sep_token_id if task == "mlm" else opened.eos_token_id
-        opened.save_pretrained(folder / "parts/tokenizer")  # where all workers find it
         quotable = Quotable.of(evaluation_texts(decontaminate), pool)
-        request = _request(folder / "parts", end, quotable, deduplicate == "near", max_tokens)
+        request = _request(folder / "parts", opened, end, quotable, deduplicate == "near", max_tokens)
         requests = [replace(request, part=part) for part in parts]
         reading = read_all(requests, pool, dtype_of(len(opened)), progress)
         choice = choose(reading.found, deduplicate)
@@ -129,14 +129,26 @@ def _useful_workers(parts: list[Part]) -> int:
 @contextmanager
 def _building(output: Path) -> Iterator[Path]:
     """A scratch folder beside `output`, this process's alone, which goes when the work is done and stays when it is
-    interrupted: then the same command goes on from what was read."""
+    interrupted: then the same command goes on from what was read. Raises `DataError`, also for what cannot be written
+    there."""
     scratch = output.with_name(f".{output.name}.partial")
     with lock(scratch, "output", DataError):
-        shutil.rmtree(scratch / "output", ignore_errors=True)
-        (scratch / "corpus").mkdir(exist_ok=True)
-        (scratch / "parts").mkdir(exist_ok=True)
-        yield scratch
-        shutil.rmtree(scratch)
+        try:
+            _refuse_existing(output)  # whoever had the lock may have made it
+        except DataError:
+            shutil.rmtree(scratch)
+            raise
+        try:
+            shutil.rmtree(scratch / "output", ignore_errors=True)
+            (scratch / "corpus").mkdir(exist_ok=True)
+            (scratch / "parts").mkdir(exist_ok=True)
+            yield scratch
+            shutil.rmtree(scratch)
+        except OSError as fault:
+            raise DataError(
+                f"{fault.filename or scratch}: cannot be written ({fault.strerror or fault}). Make room for --output "
+                f"{output}, or give another folder; the same command goes on from what was read."
+            ) from fault
 
 
 def _trained(
@@ -150,7 +162,7 @@ def _trained(
     progress: bool,
 ) -> PreTrainedTokenizerFast:
     """A tokenizer trained on the text, or the one that an interrupted build trained on it."""
-    decisive = [*((part, part.version) for part in parts), task, vocab_size, max_tokens, seed]
+    decisive = [*parts, task, vocab_size, max_tokens, seed]
     path = folder / f"tokenizer-{hashlib.sha256(json.dumps(decisive, default=str).encode()).hexdigest()[:16]}"
     if not path.exists():
         text = tokenizer_text(parts, workers, max_tokens=max_tokens, seed=seed)
@@ -162,11 +174,26 @@ def _trained(
     return open_tokenizer(path, task)
 
 
-def _request(folder: Path, end: int, quotable: Quotable, near: bool, max_tokens: int | None) -> Request:
-    """What is asked for every part."""
-    quotable.save(folder / "quotable.npz")
-    texts = folder / "quotable.npz" if quotable.texts else None
-    return Request(Part("", ""), folder, folder / "tokenizer", end, max_tokens, near, texts)
+def _request(
+    folder: Path, opened: PreTrainedTokenizerFast, end: int, quotable: Quotable, near: bool, max_tokens: int | None
+) -> Request:
+    """What is asked for every part. What all workers need lies in `folder`, named by what is in it."""
+    opened.save_pretrained(folder / "tokenizer.partial")
+    tokenizer = _named(folder / "tokenizer.partial", "tokenizer-{}")
+    texts = None
+    if quotable.texts:
+        quotable.save(folder / "quotable.partial")
+        texts = _named(folder / "quotable.partial", "quotable-{}")
+    return Request(Part("", ""), folder, tokenizer, end, max_tokens, near, texts)
+
+
+def _named(path: Path, pattern: str) -> Path:
+    """A file or folder under the hash of its content."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    named = path.with_name(pattern.format(sha256(*files)[:24]))
+    if named.is_dir():
+        shutil.rmtree(named)
+    return path.replace(named)
 
 
 def _split(folder: Path, reading: Reading, choice: Choice, longest: int, seed: int) -> dict[Split, Corpus]:
