@@ -188,4 +188,5 @@ def _batches(documents: Iterator[Document]) -> Iterator[Batch]:
 def _opened(path: Path) -> PreTrainedTokenizerFast:
     tokenizer = open_tokenizer(path)
     tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.encode_special_tokens = True  # who writes about [PAD] does not mean the token
     return tokenizer

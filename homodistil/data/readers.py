@@ -17,6 +17,8 @@ from typing import Any
 from homodistil.errors import DataError
 
 TITLE = re.compile(r"= (?!= ).+ =$")
+END_OF_TEXT = "<|endoftext|>"
+"""A line of text files that were written for GPT-2."""
 LONGEST_DOCUMENT = 1_000_000
 """Characters; a text file that is longer goes on as another document, so that memory stays bounded."""
 STRINGS = ("string", "large_string", "string_view", "null")
@@ -72,17 +74,20 @@ def _lines(file: Path, longest: int = -1) -> Iterator[str]:
 
 
 def _read_text(file: Path) -> Iterator[Iterable[str]]:
-    """A `= Title =` line starts an article; a file without any is one document."""
+    """A `= Title =` line starts an article, and END_OF_TEXT ends one; a file without any is one document."""
     article: list[str] = []
     size = 0
     for line in _lines(file, LONGEST_DOCUMENT):
         line = line.strip()
-        if TITLE.match(line) or size > LONGEST_DOCUMENT:
-            yield article
+        if TITLE.match(line) or line == END_OF_TEXT or size > LONGEST_DOCUMENT:
+            if any(article):
+                yield article
             article, size = [], 0
-        article.append(line.strip("= ") if TITLE.match(line) else line)
-        size += len(line)
-    yield article
+        if line != END_OF_TEXT:
+            article.append(line.strip("= ") if TITLE.match(line) else line)
+            size += len(line)
+    if any(article):
+        yield article
 
 
 def _read_whole(file: Path) -> Iterator[Iterable[str]]:

@@ -427,3 +427,17 @@ def test_the_sample_of_parts_is_the_sample_of_the_whole(tmp_path: Path, monkeypa
 
 
 SIZES = {"large": 300, "small": 60}
+
+
+@pytest.mark.parametrize("task", ["mlm", "clm"])
+def test_special_tokens_that_a_text_writes_about_are_text(task: str, tmp_path: Path) -> None:
+    opened = train_tokenizer([prose(8000, 1) + " [ ] < | >"], 600, task=task)  # type: ignore[arg-type]
+    opened.save_pretrained(tmp_path / "tokenizer")
+    write_rows(
+        tmp_path / "rows.jsonl", [f"[PAD] [MASK] [SEP] <|endoftext|> {prose(99, number)}" for number in range(30)]
+    )
+    (index,) = build([tmp_path / "rows.jsonl"], tmp_path / "out", tmp_path / "tokenizer", task=task)
+    rows = np.concatenate([read_shard(tmp_path / "out", index, entry) for entry in index.entries()])
+    ends, specials = (opened.sep_token_id, rows[:, 1:-1]) if task == "mlm" else (opened.eos_token_id, rows)
+    assert set(specials[np.isin(specials, opened.all_special_ids)].tolist()) <= {ends, opened.unk_token_id}
+    assert (specials == ends).sum() <= 30

@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from homodistil.data.embedded import embedded_documents, prose
-from homodistil.data.sources import Document, clean, documents, verbatim
+from homodistil.data.sources import Document, clean, documents, parts_of, read, verbatim
 from homodistil.errors import DataError
 
 FLIPPED = gzip.compress(bytes(range(256)) * 99)
@@ -93,6 +93,12 @@ def test_an_endless_line_becomes_several_documents(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("word " * 500_000)
     found = list(documents([str(tmp_path / "long.txt")]))
     assert len(found) > 1 and sum(len(document.text.split()) for document in found) == 500_000
+
+
+def test_nothing_before_the_first_title_is_no_document_and_end_of_text_ends_one(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n= One =\ntext\n<|endoftext|>\nsecond\n<|endoftext|>\n")
+    (part,) = parts_of([str(tmp_path / "a.txt")])
+    assert [document.text for document in read(part)] == ["One\ntext", "second"]
 
 
 def test_section_headings_do_not_start_documents(tmp_path: Path) -> None:
