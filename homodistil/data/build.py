@@ -146,8 +146,8 @@ def _building(output: Path) -> Iterator[Path]:
             shutil.rmtree(scratch)
         except OSError as fault:
             raise DataError(
-                f"{fault.filename or scratch}: cannot be written ({fault.strerror or fault}). Make room for --output "
-                f"{output}, or give another folder; the same command goes on from what was read."
+                f"{fault.filename or scratch}: cannot be written or read ({fault.strerror or fault}). Make room for "
+                f"--output {output}, or give another folder; the same command goes on from what was read."
             ) from fault
 
 
