@@ -22,7 +22,7 @@ from homodistil.claim import lock
 from homodistil.data.choice import Choice, choose
 from homodistil.data.corpus import Corpus, PackedSequences, sentence_borders, sentence_starts
 from homodistil.data.dealing import deal
-from homodistil.data.encoding import Request, dtype_of
+from homodistil.data.encoding import dtype_of, request_of
 from homodistil.data.evaluation_texts import evaluation_texts
 from homodistil.data.fingerprints import Quotable
 from homodistil.data.hashing import Purpose, permutation
@@ -35,7 +35,6 @@ from homodistil.data.sources import Part, parts_of
 from homodistil.data.tokenizer import open_tokenizer, train_tokenizer, vocabulary_hash
 from homodistil.data.workers import Workers, cores, open_workers
 from homodistil.errors import DataError
-from homodistil.files import sha256
 from homodistil.tasks import LanguageTask
 
 # N documents
@@ -92,7 +91,7 @@ def build_shards(
         opened = given or _trained(folder, parts, pool, task, vocab_size, max_tokens, seed, progress)
         end = opened.sep_token_id if task == "mlm" else opened.eos_token_id
         quotable = Quotable.of(evaluation_texts(decontaminate), pool)
-        request = _request(folder / "parts", opened, end, quotable, deduplicate == "near", max_tokens)
+        request = request_of(folder / "parts", opened, end, quotable, deduplicate == "near", max_tokens)
         requests = [replace(request, part=part) for part in parts]
         reading = read_all(requests, pool, dtype_of(len(opened)), progress)
         choice = choose(reading.found, deduplicate)
@@ -172,28 +171,6 @@ def _trained(
         trained.save_pretrained(folder / "tokenizer.partial")
         (folder / "tokenizer.partial").replace(path)
     return open_tokenizer(path, task)
-
-
-def _request(
-    folder: Path, opened: PreTrainedTokenizerFast, end: int, quotable: Quotable, near: bool, max_tokens: int | None
-) -> Request:
-    """What is asked for every part. What all workers need lies in `folder`, named by what is in it."""
-    opened.save_pretrained(folder / "tokenizer.partial")
-    tokenizer = _named(folder / "tokenizer.partial", "tokenizer-{}")
-    texts = None
-    if quotable.texts:
-        quotable.save(folder / "quotable.partial")
-        texts = _named(folder / "quotable.partial", "quotable-{}")
-    return Request(Part("", ""), folder, tokenizer, end, max_tokens, near, texts)
-
-
-def _named(path: Path, pattern: str) -> Path:
-    """A file or folder under the hash of its content."""
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    named = path.with_name(pattern.format(sha256(*files)[:24]))
-    if named.is_dir():
-        shutil.rmtree(named)
-    return path.replace(named)
 
 
 def _split(folder: Path, reading: Reading, choice: Choice, longest: int, seed: int) -> dict[Split, Corpus]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, cached_property, partial
@@ -23,7 +24,7 @@ from homodistil.data.fingerprints import Quotable, signatures, words_of
 from homodistil.data.shards import Sequences
 from homodistil.data.sources import Document, Part, read
 from homodistil.data.tokenizer import open_tokenizer
-from homodistil.files import write_durably
+from homodistil.files import sha256, write_durably
 
 # N documents of a part, P permutations
 
@@ -61,6 +62,28 @@ class Request:
     @property
     def found(self) -> Path:
         return self.file.with_suffix(".npz")
+
+
+def request_of(
+    folder: Path, opened: PreTrainedTokenizerFast, end: int, quotable: Quotable, near: bool, max_tokens: int | None
+) -> Request:
+    """What is asked for every part. What all workers need lies in `folder`, named by what is in it."""
+    opened.save_pretrained(folder / "tokenizer.partial")
+    tokenizer = _named(folder / "tokenizer.partial", "tokenizer-{}")
+    texts = None
+    if quotable.texts:
+        quotable.save(folder / "quotable.partial")
+        texts = _named(folder / "quotable.partial", "quotable-{}")
+    return Request(Part("", ""), folder, tokenizer, end, max_tokens, near, texts)
+
+
+def _named(path: Path, pattern: str) -> Path:
+    """A file or folder under the hash of its content."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    named = path.with_name(pattern.format(sha256(*files)[:24]))
+    if named.is_dir():
+        shutil.rmtree(named)
+    return path.replace(named)
 
 
 @dataclass(frozen=True)
