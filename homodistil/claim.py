@@ -54,13 +54,16 @@ def lock(
     folder: Path, key: str, error: type[HomodistilError], patience_seconds: float = PATIENCE_SECONDS
 ) -> Iterator[None]:
     """The same for one process: `folder`, made where it is not there, is its alone. Raises the error."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK).open("a+")
-    except OSError as fault:
-        raise _unwritable(folder, key, error, fault) from None
-    with file:
-        _wait(file, folder, key, error, patience_seconds)
+    with ExitStack() as held:
+        while True:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context((folder / LOCK).open("a+"))
+            except OSError as fault:
+                raise _unwritable(folder, key, error, fault) from None
+            _wait(file, folder, key, error, patience_seconds)
+            if _is_at(file, folder / LOCK):
+                break  # else whoever had it removed the folder, and this is a lock on nothing
         try:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -86,6 +89,10 @@ def _wait(file: IO[str], folder: Path, key: str, error: type[HomodistilError], p
                 f"one another {key}."
             )
         time.sleep(0.2)
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
 def _locked(file: IO[str]) -> bool:

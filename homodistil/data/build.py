@@ -22,7 +22,7 @@ from homodistil.claim import lock
 from homodistil.data.choice import Choice, choose
 from homodistil.data.corpus import Corpus, PackedSequences, sentence_borders, sentence_starts
 from homodistil.data.dealing import deal
-from homodistil.data.encoding import Request, dtype_of
+from homodistil.data.encoding import dtype_of, request_of
 from homodistil.data.evaluation_texts import evaluation_texts
 from homodistil.data.fingerprints import Quotable
 from homodistil.data.hashing import Purpose, permutation
@@ -90,9 +90,8 @@ def build_shards(
     with open_workers(workers or _useful_workers(parts), mpi) as pool, _building(output) as folder:
         opened = given or _trained(folder, parts, pool, task, vocab_size, max_tokens, seed, progress)
         end = opened.sep_token_id if task == "mlm" else opened.eos_token_id
-        opened.save_pretrained(folder / "parts/tokenizer")  # where all workers find it
-        quotable = Quotable.of(evaluation_texts(decontaminate), folder / "parts/tokenizer", pool)
-        request = _request(folder / "parts", end, quotable, deduplicate == "near", max_tokens)
+        quotable = Quotable.of(evaluation_texts(decontaminate), pool)
+        request = request_of(folder / "parts", opened, end, quotable, deduplicate == "near", max_tokens)
         requests = [replace(request, part=part) for part in parts]
         reading = read_all(requests, pool, dtype_of(len(opened)), progress)
         choice = choose(reading.found, deduplicate)
@@ -129,14 +128,26 @@ def _useful_workers(parts: list[Part]) -> int:
 @contextmanager
 def _building(output: Path) -> Iterator[Path]:
     """A scratch folder beside `output`, this process's alone, which goes when the work is done and stays when it is
-    interrupted: then the same command goes on from what was read."""
+    interrupted: then the same command goes on from what was read. Raises `DataError`, also for what cannot be written
+    there."""
     scratch = output.with_name(f".{output.name}.partial")
     with lock(scratch, "output", DataError):
-        shutil.rmtree(scratch / "output", ignore_errors=True)
-        (scratch / "corpus").mkdir(exist_ok=True)
-        (scratch / "parts").mkdir(exist_ok=True)
-        yield scratch
-        shutil.rmtree(scratch)
+        try:
+            _refuse_existing(output)  # whoever had the lock may have made it
+        except DataError:
+            shutil.rmtree(scratch)
+            raise
+        try:
+            shutil.rmtree(scratch / "output", ignore_errors=True)
+            (scratch / "corpus").mkdir(exist_ok=True)
+            (scratch / "parts").mkdir(exist_ok=True)
+            yield scratch
+            shutil.rmtree(scratch)
+        except OSError as fault:
+            raise DataError(
+                f"{fault.filename or scratch}: cannot be written or read ({fault.strerror or fault}). Make room for "
+                f"--output {output}, or give another folder; the same command goes on from what was read."
+            ) from fault
 
 
 def _trained(
@@ -150,7 +161,7 @@ def _trained(
     progress: bool,
 ) -> PreTrainedTokenizerFast:
     """A tokenizer trained on the text, or the one that an interrupted build trained on it."""
-    decisive = [*((part, part.version) for part in parts), task, vocab_size, max_tokens, seed]
+    decisive = [*parts, task, vocab_size, max_tokens, seed]
     path = folder / f"tokenizer-{hashlib.sha256(json.dumps(decisive, default=str).encode()).hexdigest()[:16]}"
     if not path.exists():
         text = tokenizer_text(parts, workers, max_tokens=max_tokens, seed=seed)
@@ -160,13 +171,6 @@ def _trained(
         trained.save_pretrained(folder / "tokenizer.partial")
         (folder / "tokenizer.partial").replace(path)
     return open_tokenizer(path, task)
-
-
-def _request(folder: Path, end: int, quotable: Quotable, near: bool, max_tokens: int | None) -> Request:
-    """What is asked for every part."""
-    quotable.save(folder / "quotable.npz")
-    texts = folder / "quotable.npz" if quotable.texts else None
-    return Request(Part("", ""), folder, folder / "tokenizer", end, max_tokens, near, texts)
 
 
 def _split(folder: Path, reading: Reading, choice: Choice, longest: int, seed: int) -> dict[Split, Corpus]:

@@ -27,6 +27,9 @@ BANDS = 16
 """Of 8 columns: two documents that are 0.8 similar share one with a probability of 95 %, 0.9 similar with 99.99 %."""
 
 
+PAIRS_AT_ONCE = 1 << 16
+
+
 class Why(IntEnum):
     """What becomes of a document."""
 
@@ -103,6 +106,8 @@ def _similar_pairs(signatures: NDArray[np.uint32]) -> NDArray[np.int64]:
         (later,) = np.nonzero(~new)
         for other in (begins[later], later - 1):
             pairs = np.stack([order[other], order[later]], axis=1)
-            alike = (signatures[pairs[:, 0]] == signatures[pairs[:, 1]]).mean(axis=1)
-            found.append(pairs[alike >= SIMILAR])
+            for start in range(0, len(pairs), PAIRS_AT_ONCE):
+                some = pairs[start : start + PAIRS_AT_ONCE]
+                alike = (signatures[some[:, 0]] == signatures[some[:, 1]]).mean(axis=1)
+                found.append(some[alike >= SIMILAR])
     return np.concatenate(found)

@@ -6,6 +6,7 @@ Ids are read through a memory map, so a corpus need not fit in memory.
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def sentence_starts(borders: NDArray[np.int64], size: int, body: int) -> NDArray
     The next one starts with the sentence that did not fit whole, so that nothing is lost; with the next id where a
     sentence is longer than a sequence.
     """
-    starts, start = [], 0
+    starts, start = array("q"), 0
     while start + body <= size:
         starts.append(start)
         before = int(np.searchsorted(borders, start + body, side="right"))

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -23,11 +24,11 @@ from homodistil.data.fingerprints import Quotable, signatures, words_of
 from homodistil.data.shards import Sequences
 from homodistil.data.sources import Document, Part, read
 from homodistil.data.tokenizer import open_tokenizer
-from homodistil.files import checksum, write_durably
+from homodistil.files import sha256, write_durably
 
 # N documents of a part, P permutations
 
-CHARACTERS_AT_ONCE = 2_000_000
+CHARACTERS_AT_ONCE, DOCUMENTS_AT_ONCE = 2_000_000, 10_000
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Request:
     folder: Path
     """For the files."""
     tokenizer: Path
+    """Named by its content, as `quotable` is: a process opens each name once."""
     end: int
     """The id that ends a document."""
     max_tokens: int | None = None
@@ -49,8 +51,8 @@ class Request:
     @cached_property
     def file(self) -> Path:
         """Beside which the part's files lie, named by everything that decides what is in them."""
-        decisive: list[Any] = [asdict(self.part), self.part.version, self.end, self.max_tokens, self.near]
-        decisive += [checksum(path) for path in (self.tokenizer / "tokenizer.json", self.quotable) if path]
+        decisive = [asdict(self.part), self.end, self.max_tokens, self.near]
+        decisive += [path.name for path in (self.tokenizer, self.quotable) if path]
         return self.folder / hashlib.sha256(json.dumps(decisive, default=str).encode()).hexdigest()[:24]
 
     @property
@@ -62,12 +64,36 @@ class Request:
         return self.file.with_suffix(".npz")
 
 
+def request_of(
+    folder: Path, opened: PreTrainedTokenizerFast, end: int, quotable: Quotable, near: bool, max_tokens: int | None
+) -> Request:
+    """What is asked for every part. What all workers need lies in `folder`, named by what is in it."""
+    opened.save_pretrained(folder / "tokenizer.partial")
+    tokenizer = _named(folder / "tokenizer.partial", "tokenizer-{}")
+    texts = None
+    if quotable.texts:
+        quotable.save(folder / "quotable.partial")
+        texts = _named(folder / "quotable.partial", "quotable-{}")
+    return Request(Part("", ""), folder, tokenizer, end, max_tokens, near, texts)
+
+
+def _named(path: Path, pattern: str) -> Path:
+    """A file or folder under the hash of its content."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    named = path.with_name(pattern.format(sha256(*files)[:24]))
+    if named.is_dir():
+        shutil.rmtree(named)
+    return path.replace(named)
+
+
 @dataclass(frozen=True)
 class Found:
     """A part's documents, the empty ones left out."""
 
     lengths: NDArray[np.int64]
     """(N,): ids of each, the one that ends it included."""
+    numbers: NDArray[np.int64]
+    """(N,): which of the part's documents each is, empty ones counted."""
     exact: NDArray[np.uint64]
     """(N, 2): XXH3-128 of the text."""
     signatures: NDArray[np.uint32]
@@ -91,7 +117,7 @@ class Found:
         return replace(self, **{name: getattr(self, name)[:count] for name in BY_DOCUMENT})
 
 
-BY_DOCUMENT = ("lengths", "exact", "signatures", "quotes")
+BY_DOCUMENT = ("lengths", "numbers", "exact", "signatures", "quotes")
 
 
 def together(parts: list[Found]) -> Found:
@@ -107,7 +133,7 @@ def encode_part(request: Request, tick: Callable[[int], object] = lambda ids: No
         return int(Found.load(request).lengths.sum())
     found: list[Found] = []
     write_durably(request.ids, partial(_write_ids, request, found, tick))
-    all_of_it = together(found) if found else _looked_at(request, [], np.empty(0, np.uint16), np.empty(0, np.int64), 0)
+    all_of_it = together(found) if found else _looked_at(request, Batch([], [], 0), np.empty(0, np.int64))
     write_durably(request.found, all_of_it.save)
     return int(all_of_it.lengths.sum())
 
@@ -121,14 +147,14 @@ def _write_ids(request: Request, found: list[Found], tick: Callable[[int], objec
     total = 0
     tokenizer = _opened(request.tokenizer)
     with path.open("wb") as file:
-        for texts, empty in _batches(read(request.part)):
-            ids = _encoded(texts, tokenizer, request.end)
+        for batch in _batches(read(request.part)):
+            ids = _encoded(batch.texts, tokenizer, request.end)
             lengths = np.array([len(document) for document in ids], dtype=np.int64)
             if request.max_tokens is not None:
                 before = total + np.cumsum(lengths) - lengths
                 lengths = lengths[before < request.max_tokens]
             joined = np.concatenate([*ids[: len(lengths)], np.empty(0, dtype_of(len(tokenizer)))])
-            found.append(_looked_at(request, texts[: len(lengths)], joined, lengths, empty))
+            found.append(_looked_at(request, batch, lengths))
             file.write(joined.tobytes())
             total += len(joined)
             tick(len(joined))
@@ -136,14 +162,17 @@ def _write_ids(request: Request, found: list[Found], tick: Callable[[int], objec
                 break
 
 
-def _looked_at(request: Request, texts: list[str], ids: Sequences, lengths: NDArray[np.int64], empty: int) -> Found:
+def _looked_at(request: Request, batch: Batch, lengths: NDArray[np.int64]) -> Found:
+    """The first documents of a batch, as many as have lengths."""
+    texts, numbers = batch.texts[: len(lengths)], np.array(batch.numbers[: len(lengths)], dtype=np.int64)
     exact = b"".join(xxhash.xxh3_128_digest(text.encode()) for text in texts)
     marks, quotes = np.empty((len(texts), 0), np.uint32), np.full(len(texts), -1, np.int32)
     if request.near or request.quotable:
-        words, counts = words_of(request.tokenizer).of(ids, lengths)
+        words, counts = words_of(texts)
         marks = signatures(words, counts) if request.near else marks
         quotes = Quotable.load(request.quotable).quoted(words, counts) if request.quotable else quotes
-    return Found(lengths, np.frombuffer(exact, np.uint64).reshape(-1, 2), marks, quotes, np.array(empty))
+    hashes = np.frombuffer(exact, np.uint64).reshape(-1, 2)
+    return Found(lengths, numbers, hashes, marks, quotes, np.array(batch.empty))
 
 
 def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerFast, end: int) -> list[Sequences]:
@@ -151,23 +180,36 @@ def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerFast, end: int) -> 
     return [np.array([*encoding.ids, end], dtype=dtype_of(len(tokenizer))) for encoding in encodings]
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[tuple[list[str], int]]:
-    """Texts of about CHARACTERS_AT_ONCE, and how many empty ones were among them."""
-    texts: list[str] = []
-    characters = empty = 0
-    for document in documents:
-        empty += not document.text
-        texts += [document.text] if document.text else []
+class Batch(NamedTuple):
+    """Documents that are encoded at once."""
+
+    texts: list[str]
+    numbers: list[int]
+    """Of each, in its part."""
+    empty: int
+    """How many without text were among them."""
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[Batch]:
+    """Of about CHARACTERS_AT_ONCE, and DOCUMENTS_AT_ONCE at most."""
+    batch, characters = Batch([], [], 0), 0
+    for number, document in enumerate(documents):
+        if not document.text:
+            batch = batch._replace(empty=batch.empty + 1)
+            continue
+        batch.texts.append(document.text)
+        batch.numbers.append(number)
         characters += len(document.text)
-        if characters > CHARACTERS_AT_ONCE:
-            yield texts, empty
-            texts, characters, empty = [], 0, 0
-    if texts or empty:
-        yield texts, empty
+        if characters > CHARACTERS_AT_ONCE or len(batch.texts) == DOCUMENTS_AT_ONCE:
+            yield batch
+            batch, characters = Batch([], [], 0), 0
+    if batch.texts or batch.empty:
+        yield batch
 
 
 @cache
 def _opened(path: Path) -> PreTrainedTokenizerFast:
     tokenizer = open_tokenizer(path)
     tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.encode_special_tokens = True  # who writes about [PAD] does not mean the token
     return tokenizer

@@ -1,14 +1,17 @@
 """Evaluation texts: the passages of whatever file a benchmark comes in, to look for them in a corpus.
 
-A table's cells, a JSON file's strings, a text's lines are passages. Shorter ones than the n-grams that are looked for
-cannot be found.
+A table's cells, a JSON file's strings, a text's paragraphs are passages. Ones shorter than the n-grams that are looked
+for cannot be found.
 """
 
 from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
+import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from typing import Any
 from homodistil.errors import DataError
 
 TABLES, LINES, OBJECTS = (".tsv", ".csv"), (".txt", ".jsonl"), (".json",)
+PARAGRAPHS = re.compile(r"\n\s*\n")
 
 
 def evaluation_texts(paths: Iterable[Path]) -> Iterator[tuple[str, list[str]]]:
@@ -42,13 +46,17 @@ def _passages(file: Path) -> list[str]:
         raw = file.read_bytes()
         text = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8")
         if kind in TABLES:
-            rows = csv.reader(text.splitlines(), delimiter="\t" if kind == ".tsv" else ",", quoting=csv.QUOTE_NONE)
+            rows = csv.reader(io.StringIO(text, newline="")) if kind == ".csv" else map(_cells, text.split("\n"))
             return [cell for row in rows for cell in row]
         if kind == ".jsonl":
-            return [string for line in text.splitlines() if line for string in _strings(json.loads(line))]
-        return list(_strings(json.loads(text))) if kind in OBJECTS else text.splitlines()
-    except (OSError, EOFError, ValueError) as error:
+            return [string for line in text.split("\n") if line.strip() for string in _strings(json.loads(line))]
+        return list(_strings(json.loads(text))) if kind in OBJECTS else PARAGRAPHS.split(text)
+    except (OSError, EOFError, ValueError, csv.Error, zlib.error) as error:
         raise DataError(f"--decontaminate {file}: cannot be read ({error}). Expected {kind} in UTF-8.") from error
+
+
+def _cells(line: str) -> list[str]:
+    return line.split("\t")  # GLUE's tables quote nothing
 
 
 def _strings(value: Any) -> Iterator[str]:

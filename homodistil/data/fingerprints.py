@@ -1,29 +1,27 @@
 """Fingerprints: what tells that two documents say the same, or that one quotes a text that models are judged by.
 
-Documents are compared word by word, whatever the tokenizer: case, punctuation, and how a word is cut don't count. Near
+Texts are compared word by word, whatever the tokenizer; case and punctuation don't count. Near
 duplicates are found by MinHash (Broder 1997; rensa's) over shingles of five words, quotations as 13-grams of words
 (Brown et al. 2020, appendix C). Leaves which documents go to choice.py.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cache, cached_property
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 from rensa import RMinHash
-from transformers import PreTrainedTokenizerFast
 
 from homodistil.data.hashing import GOLDEN, Hashes, mix
-from homodistil.data.tokenizer import continues_word, open_tokenizer, piece_texts
 from homodistil.data.workers import Workers
 
-# N documents, W words, G n-grams, V vocabulary, P permutations
+# N documents, W words, G n-grams, P permutations
 
 SHINGLE_WORDS = 5
 PERMUTATIONS = 128
@@ -32,42 +30,50 @@ SEED = 1
 PASSAGES_AT_ONCE = 10_000
 FILTER_BITS = 24
 """A table of 2^24 flags tells most n-grams at once that they are in no evaluation text."""
+IDEOGRAPHS = (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF)
+"""Chinese and Japanese put no spaces between words."""
 
 Counts = NDArray[np.int64]
 
 
-class Words:
-    """How a vocabulary's pieces make up words."""
+def words_of(texts: Sequence[str]) -> tuple[Hashes, Counts]:
+    """(W,) hashes of the words of texts one after another, and how many each of the (N,) has.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        size = len(tokenizer)
-        special = set(tokenizer.all_special_ids)
-        texts = ["" if piece in special else _letters(text) for piece, text in enumerate(piece_texts(tokenizer))]
-        self._hashes = np.array([_hash(text) if text else 0 for text in texts], dtype=np.uint64)
-        self._continues = continues_word(tokenizer, size)
-
-    def of(self, ids: NDArray[np.integer], lengths: Counts) -> tuple[Hashes, Counts]:
-        """(W,) hashes of the words of documents that lie one after another in `ids`, and how many each of the (N,) has.
-
-        A piece without letters or digits is none, and what follows it begins a word.
-        """
-        hashes = self._hashes[ids]
-        spoken = hashes != 0
-        starts = ~self._continues[ids]
-        starts[1:] |= ~spoken[:-1]
-        ends = np.cumsum(lengths)
-        starts[(ends - lengths)[lengths > 0]] = True
-        (begins,) = np.nonzero(spoken & starts)
-        words = np.add.reduceat(hashes, begins) if len(begins) else hashes[:0]
-        return words, np.diff(np.searchsorted(begins, ends), prepend=0)
+    A word is a run of letters and digits, or a single ideograph. It sums its characters' hashes, each with its place in
+    the word.
+    """
+    lowered = [text.lower() for text in texts]
+    codes = np.frombuffer("".join(lowered).encode("utf-32-le", "surrogatepass"), np.uint32)
+    ends = np.cumsum([len(text) for text in lowered], dtype=np.int64)
+    kinds = _kinds()[codes]
+    starts = (kinds == Kind.IDEOGRAPH) | (np.diff(kinds, prepend=Kind.NONE) != 0)
+    starts[ends[ends < len(codes)]] = True
+    (spoken,) = np.nonzero(kinds)
+    (begins,) = np.nonzero(starts[spoken])
+    if not len(begins):
+        return np.empty(0, np.uint64), np.zeros_like(ends)
+    places = np.arange(len(spoken)) - np.repeat(begins, np.diff(begins, append=len(spoken)))
+    characters = codes[spoken].astype(np.uint64) | places.astype(np.uint64) << np.uint64(32)
+    counts = np.diff(np.searchsorted(spoken[begins], ends), prepend=0)
+    return np.add.reduceat(mix(characters), begins), counts
 
 
-def _hash(text: str) -> int:
-    return xxhash.xxh3_64_intdigest(text.encode())
+class Kind(IntEnum):
+    """What a character is to a word."""
+
+    NONE = 0
+    LETTER = 1
+    """Or a digit."""
+    IDEOGRAPH = 2
 
 
-def _letters(text: str) -> str:
-    return "".join(character for character in text.lower() if character.isalnum())
+@cache
+def _kinds() -> NDArray[np.int8]:
+    """Of every character."""
+    kinds = np.array([chr(code).isalnum() for code in range(sys.maxunicode + 1)], dtype=np.int8)
+    for first, last in IDEOGRAPHS:
+        kinds[first : last + 1] *= Kind.IDEOGRAPH
+    return kinds
 
 
 def ngrams(words: Hashes, counts: Counts, n: int) -> tuple[Hashes, Counts]:
@@ -108,12 +114,12 @@ class Quotable:
     """(G,) of the first text that has it."""
 
     @classmethod
-    def of(cls, texts: Iterable[tuple[str, Sequence[str]]], tokenizer: Path, workers: Workers) -> Quotable:
+    def of(cls, texts: Iterable[tuple[str, Sequence[str]]], workers: Workers) -> Quotable:
         """Of each name's passages."""
         names: list[str] = []
         grams, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
-        batches = [(name, batch, tokenizer) for name, passages in texts for batch in _batches(passages)]
-        for (name, *_), found in zip(batches, workers.results(_quotable_grams, batches), strict=True):
+        batches = [(name, batch) for name, passages in texts for batch in _batches(passages)]
+        for (name, _), found in zip(batches, workers.results(_quotable_grams, batches), strict=True):
             names += [] if name in names else [name]
             grams.append(found)
             owners.append(np.full(len(found), names.index(name), dtype=np.int32))
@@ -148,12 +154,6 @@ class Quotable:
         return flags
 
 
-@cache
-def words_of(tokenizer: Path) -> Words:
-    """Made once a process."""
-    return Words(open_tokenizer(tokenizer))
-
-
 def _batches(passages: Sequence[str]) -> Iterator[list[str]]:
     """Each of a text's passages once, those left out that are too short for the words that are looked for."""
     long = [passage for passage in dict.fromkeys(passages) if len(passage) >= 2 * QUOTED_WORDS - 1]
@@ -161,10 +161,5 @@ def _batches(passages: Sequence[str]) -> Iterator[list[str]]:
         yield long[start : start + PASSAGES_AT_ONCE]
 
 
-def _quotable_grams(batch: tuple[str, list[str], Path]) -> Hashes:
-    _, passages, tokenizer = batch
-    backend = open_tokenizer(tokenizer).backend_tokenizer
-    encoded = [encoding.ids for encoding in backend.encode_batch_fast(passages, add_special_tokens=False)]
-    lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
-    ids = np.fromiter(chain.from_iterable(encoded), dtype=np.int64, count=int(lengths.sum()))
-    return ngrams(*words_of(tokenizer).of(ids, lengths), QUOTED_WORDS)[0]
+def _quotable_grams(batch: tuple[str, list[str]]) -> Hashes:
+    return ngrams(*words_of(batch[1]), QUOTED_WORDS)[0]

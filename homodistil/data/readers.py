@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ from typing import Any
 from homodistil.errors import DataError
 
 TITLE = re.compile(r"= (?!= ).+ =$")
+END_OF_TEXT = "<|endoftext|>"
+"""A line of text files that were written for GPT-2."""
 LONGEST_DOCUMENT = 1_000_000
 """Characters; a text file that is longer goes on as another document, so that memory stays bounded."""
+STRINGS = ("string", "large_string", "string_view", "null")
+"""A table's types of text."""
 PART_BYTES = 64 << 20
 """A .jsonl or .parquet file that is larger is read in parts of about this size."""
 
@@ -33,7 +38,7 @@ def read_file(file: Path, readers: Readers, start: int = 0, stop: int | None = N
     assert reader is not None
     try:
         yield from reader(file) if stop is None else reader(file, start, stop)
-    except (OSError, EOFError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"source {file}: cannot be read ({error}). Expected UTF-8 text, gzip or parquet.") from error
 
 
@@ -61,23 +66,28 @@ def _row_groups(file: Path) -> Iterator[tuple[int, int]]:
             start, bytes_so_far = group + 1, 0
 
 
-def _lines(file: Path) -> Iterator[str]:
+def _lines(file: Path, longest: int = -1) -> Iterator[str]:
+    """Of a file, compressed or not; those of more than `longest` characters in pieces."""
     with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as raw:
-        yield from io.TextIOWrapper(raw, encoding="utf-8")
+        text = io.TextIOWrapper(raw, encoding="utf-8")
+        yield from iter(lambda: text.readline(longest), "")
 
 
 def _read_text(file: Path) -> Iterator[Iterable[str]]:
-    """A `= Title =` line starts an article; a file without any is one document."""
+    """A `= Title =` line starts an article, and END_OF_TEXT ends one; a file without any is one document."""
     article: list[str] = []
     size = 0
-    for line in _lines(file):
+    for line in _lines(file, LONGEST_DOCUMENT):
         line = line.strip()
-        if TITLE.match(line) or size > LONGEST_DOCUMENT:
-            yield article
+        if TITLE.match(line) or line == END_OF_TEXT or size > LONGEST_DOCUMENT:
+            if any(article):
+                yield article
             article, size = [], 0
-        article.append(line.strip("= ") if TITLE.match(line) else line)
-        size += len(line)
-    yield article
+        if line != END_OF_TEXT:
+            article.append(line.strip("= ") if TITLE.match(line) else line)
+            size += len(line)
+    if any(article):
+        yield article
 
 
 def _read_whole(file: Path) -> Iterator[Iterable[str]]:
@@ -115,6 +125,8 @@ def _parquet(file: Path, start: int = 0, stop: int | None = None) -> Iterator[Pa
     table = _table(file)
     if "text" not in table.schema_arrow.names:
         raise DataError(f"source {file}: columns are {table.schema_arrow.names}, expected one called 'text'.")
+    if (kind := str(table.schema_arrow.field("text").type)) not in STRINGS:
+        raise DataError(f"source {file}: column 'text' is of {kind}, expected one of {', '.join(STRINGS)}.")
     groups = list(range(table.num_row_groups))[start:stop]
     for batch in table.iter_batches(batch_size=1024, columns=["text"], row_groups=groups):
         yield from ((text or "").split("\n") for text in batch.column(0).to_pylist())

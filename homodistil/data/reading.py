@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,8 @@ from homodistil.data.shards import Sequences
 from homodistil.data.workers import Workers
 
 # N documents
+
+IDS_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -33,18 +36,31 @@ class Reading:
     """Of all N documents."""
     dtype: np.dtype[np.unsignedinteger]
 
-    @property
+    @cached_property
     def begins(self) -> NDArray[np.int64]:
         """Number of each part's first document."""
         return np.cumsum(self.documents, dtype=np.int64) - np.array(self.documents, dtype=np.int64)
 
+    @cached_property
+    def earlier(self) -> list[int]:
+        """Documents, empty ones too, of the same file or dataset in the parts before each."""
+        found, before = [], 0
+        for request, documents, empty in zip(self.requests, self.documents, self.empty, strict=True):
+            before = before if request.part.start else 0
+            found.append(before)
+            before += documents + empty
+        return found
+
     def ids(self, chosen: NDArray[np.bool_]) -> Iterator[Sequences]:
-        """Of the chosen, (N,), of the documents, part by part."""
+        """Of the chosen, (N,), of the documents: of as many at a time as have about IDS_AT_ONCE."""
         for request, begin, size in zip(self.requests, self.begins, self.documents, strict=True):
             here, lengths = chosen[begin : begin + size], self.found.lengths[begin : begin + size]
             if here.any():
                 ids = np.memmap(request.ids, self.dtype, mode="r", shape=(int(lengths.sum()),))
-                yield ids[np.repeat(here, lengths)]
+                ends = np.cumsum(lengths)
+                cuts = np.flatnonzero(np.diff(ends // IDS_AT_ONCE)) + 1
+                for some in np.split(np.arange(size), cuts):
+                    yield ids[ends[some[0]] - lengths[some[0]] : ends[some[-1]]][np.repeat(here[some], lengths[some])]
 
 
 def read_all(requests: list[Request], workers: Workers, dtype: np.dtype[np.unsignedinteger], progress: bool) -> Reading:

@@ -101,8 +101,8 @@ def _documents(reading: Reading, removed: Any, lengths: Iterator[int]) -> Iterat
 
 
 def _place(reading: Reading, number: int) -> dict[str, Any]:
-    """Which document that is: its source, and the how manieth of its part, empty ones not counted."""
+    """Which document that is: its source, and the how manieth of its file or dataset, from 0, empty ones counted."""
     part = int(np.searchsorted(reading.begins, number, side="right")) - 1
     asked = reading.requests[part].part
-    place = {"source": asked.name, "document": number - int(reading.begins[part])}
-    return {**place, "file": asked.file.name} if asked.file else {**place, "part": part}
+    place = {"source": asked.name, "document": reading.earlier[part] + int(reading.found.numbers[number])}
+    return {**place, "file": asked.file.name} if asked.file else place

@@ -46,8 +46,13 @@ class Sample:
             self.kept.append(document)
             self.characters += len(document.text)
         while self.characters > self.size:
-            self.threshold //= 2
-            self.kept = [kept for kept in self.kept if kept.draw < self.threshold]
+            self.lower(self.threshold // 2)
+
+    def lower(self, threshold: int) -> None:
+        """Keep what lies below this one as well."""
+        if threshold < self.threshold:
+            self.threshold = threshold
+            self.kept = [kept for kept in self.kept if kept.draw < threshold]
             self.characters = sum(len(kept.text) for kept in self.kept)
 
 
@@ -80,6 +85,7 @@ def tokenizer_text(parts: list[Part], workers: Workers, *, max_tokens: int | Non
     whole = Sample(TOKENIZER_CHARACTERS)
     wanted = (Wanted(number, part, seed, TOKENIZER_CHARACTERS, enough) for number, part in enumerate(parts))
     for sample in workers.results(sample_part, wanted):
+        whole.lower(sample.threshold)
         for document in sample.kept:
             if (before := whole.read + document.before) <= enough:
                 whole.add(document._replace(before=before))

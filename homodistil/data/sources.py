@@ -54,12 +54,8 @@ class Part:
     """Of a .jsonl file the lines that begin at these bytes, of a .parquet file these row groups, of a dataset this
     shard and how many there are; None: all."""
     rows_of_a_document: int = 1
-
-    @property
-    def version(self) -> tuple[int, int] | None:
-        """Size and time of a file's last change: whether it is still what was read."""
-        found = self.file.stat() if self.file else None
-        return (found.st_size, found.st_mtime_ns) if found else None
+    version: tuple[int, int] | None = None
+    """Size of a file and time of its last change, when it was listed: whether it is still what was read."""
 
 
 def parts_of(sources: Iterable[str]) -> list[Part]:
@@ -117,7 +113,8 @@ def _files(source: str) -> Iterator[Part]:
     above = path.resolve().parent
     for file in files:
         name = (file if file == path else file.parent).resolve().relative_to(above).as_posix()
-        yield from (Part(source, name, file, start, stop) for start, stop in bounds(file))
+        version = file.stat().st_size, file.stat().st_mtime_ns
+        yield from (Part(source, name, file, start, stop, version=version) for start, stop in bounds(file))
 
 
 def _shards(source: str, name: str, rows_of_a_document: int = 1) -> Iterator[Part]:
@@ -134,10 +131,14 @@ def _paragraphs(part: Part) -> Iterator[Paragraphs]:
 
 def _rows(part: Part) -> Iterator[Paragraphs]:
     """Documents of one shard of a dataset, streamed."""
+    where = f"{part.source}, shard {part.start}"
     rows = _dataset(part.source).shard(num_shards=part.stop, index=part.start)
-    texts = (text_of(row, f"{part.source}, shard {part.start}, row {number}") for number, row in enumerate(rows))
-    while joined := list(islice(texts, part.rows_of_a_document)):
-        yield "\n".join(joined).split("\n")
+    texts = (text_of(row, f"{where}, row {number}") for number, row in enumerate(rows))
+    try:
+        while joined := list(islice(texts, part.rows_of_a_document)):
+            yield "\n".join(joined).split("\n")
+    except OSError as error:  # of the network
+        raise DataError(f"source {where}: cannot be read ({error}). Run the same command again: it goes on.") from error
 
 
 def _dataset(source: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -20,14 +21,15 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from homodistil.data import readers, sources
+from homodistil.data import readers, sampling, sources
 from homodistil.data.build import build_shards
 from homodistil.data.choice import SIMILAR
 from homodistil.data.corpus import sentence_borders, sentence_starts
-from homodistil.data.fingerprints import QUOTED_WORDS, Words, ngrams, signatures
+from homodistil.data.fingerprints import QUOTED_WORDS, ngrams, signatures, words_of
 from homodistil.data.shards import ShardIndex, read_shard, verify
 from homodistil.data.sources import documents, parts_of, read
 from homodistil.data.tokenizer import open_tokenizer, train_tokenizer
+from homodistil.data.workers import Workers
 from homodistil.errors import DataError
 from tests.processes import mpirun
 
@@ -124,7 +126,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(corpus: Path, tokenizer: Path,
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (tmp_path / "out").exists()
-    done = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npz") if path.name != "quotable.npz"}
+    done = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
     assert 3 <= len(done) < 12
     read_again: list[str] = []
     real = sources.read
@@ -181,14 +183,10 @@ def spoken(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.lower())
 
 
-@pytest.mark.parametrize("task", ["mlm", "clm"])
-def test_ngrams_are_those_of_words_whatever_the_tokenizer(task: str) -> None:
-    """Two windows have equal hashes if and only if they are the same words; documents don't run into each other."""
-    texts = [prose(60, 5), prose(3, 6), "", prose(40, 7) + " " + prose(60, 5)[:150], "..."]
-    opened = train_tokenizer([prose(8000, 1)], 500, task=task)  # type: ignore[arg-type]
-    encoded = [opened.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-    ids, lengths = np.array([i for document in encoded for i in document]), np.array([len(d) for d in encoded])
-    words, counts = Words(opened).of(ids, lengths)
+def test_ngrams_are_those_of_words() -> None:
+    """Two windows have equal hashes if and only if they are the same words; texts don't run into each other."""
+    texts = ["", prose(60, 5), prose(3, 6), "", prose(40, 7) + " " + prose(60, 5)[:150], "on no NO 12 21 don't", "..."]
+    words, counts = words_of(texts)
     expected = [spoken(text) for text in texts]
     assert counts.tolist() == [len(document) for document in expected]
     for n in (1, 5, 13):
@@ -199,13 +197,37 @@ def test_ngrams_are_those_of_words_whatever_the_tokenizer(task: str) -> None:
         assert len(pairs) == len(set(windows)) == len(set(grams.tolist()))
 
 
-def test_signatures_estimate_the_jaccard_similarity_of_shingles(tokenizer: Path) -> None:
-    opened = open_tokenizer(tokenizer)
+def test_ideographs_are_words_of_their_own() -> None:
+    words, counts = words_of(["\u4e2d\u6587abc \u4e2d", "abc"])
+    assert counts.tolist() == [4, 1] and words[0] == words[3] and words[2] == words[4]
+
+
+def test_texts_without_words_have_none() -> None:
+    for texts in ([], [""], ["", "...", ""]):
+        words, counts = words_of(texts)
+        assert len(words) == 0 and counts.tolist() == [0] * len(texts)
+
+
+def test_quotations_and_duplicates_are_found_however_a_cased_tokenizer_cuts_them(tmp_path: Path) -> None:
+    """Byte-level pieces differ with case, and with what stands before a word."""
+    opened = train_tokenizer([prose(8000, 1)], 2000, task="clm")
+    opened.save_pretrained(tmp_path / "cased")
+    evaluation = prose(QUOTED_WORDS, 77)
+    (tmp_path / "dev.jsonl").write_text(json.dumps(evaluation))
+    clean = [prose(180, 500 + number) for number in range(30)]
+    quoted = " ".join(f'"{word}"' for word in evaluation.split())
+    write_rows(tmp_path / "rows.jsonl", [*clean, f"{prose(50, 1)} {quoted}", clean[4].upper()])
+    _, removals = build_shards(
+        str(tmp_path / "rows.jsonl"), tmp_path / "out", tokenizer=tmp_path / "cased", task="clm",
+        sequence_length=[32], shards=2, decontaminate=[tmp_path / "dev.jsonl"], workers=1, progress=False,
+    )  # fmt: skip
+    assert [(line["document"], line["why"]) for line in removals.removed] == [(30, "quotes"), (31, "near")]
+
+
+def test_signatures_estimate_the_jaccard_similarity_of_shingles() -> None:
     base = prose(400, 9).split()
     texts = [" ".join(base[:keep] + prose(400, 10).split()[keep:]) for keep in (400, 360, 300, 200, 0)]
-    encoded = [opened.backend_tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-    ids, lengths = np.array([i for document in encoded for i in document]), np.array([len(d) for d in encoded])
-    found = signatures(*Words(opened).of(ids, lengths))
+    found = signatures(*words_of(texts))
     shingles = [{tuple(w[i : i + 5]) for i in range(len(w) - 4)} for w in map(spoken, texts)]
     for row, (one, other) in enumerate(pairwise(shingles), start=1):
         wanted = len(shingles[0] & shingles[row]) / len(shingles[0] | shingles[row])
@@ -314,3 +336,108 @@ def test_a_changed_file_is_read_again(corpus: Path, tokenizer: Path, tmp_path: P
     write_rows(tmp_path / "rows.jsonl", [prose(100, number) for number in range(20, 60)])
     (index,) = build([tmp_path / "rows.jsonl"], tmp_path / "out", tokenizer)
     assert index.documents == 40
+
+
+def test_removed_documents_are_numbered_in_their_file_whatever_its_parts(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [prose(60, number % 50) if number % 7 else "" for number in range(100)]
+    path = write_rows(tmp_path / "rows.jsonl", texts)
+    seen = []
+    for parts in (1, 8):
+        monkeypatch.setattr(readers, "PART_BYTES", -(-path.stat().st_size // parts))
+        assert len(parts_of([str(path)])) == parts
+        build([path], tmp_path / f"out{parts}", tokenizer)
+        lines = (tmp_path / f"out{parts}/removed.jsonl").read_text().splitlines()
+        seen.append([(line["document"], line["of"]["document"]) for line in map(json.loads, lines)])
+    assert seen[0] == seen[1] == [(n, n - 50) for n in range(50, 100) if n % 7 and (n - 50) % 7]
+
+
+def test_the_same_folder_built_with_another_tokenizer_is_of_that_tokenizer(
+    corpus: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    """In one process: what was opened for the first is not the second's."""
+    train_tokenizer([prose(20_000, 2)], 400).save_pretrained(tmp_path / "other")
+    build([corpus], tmp_path / "fresh", tmp_path / "other")
+    with pytest.raises(DataError, match="fewer than --shards 50000"):
+        build([corpus], tmp_path / "out", tokenizer, shards=50_000)
+    build([corpus], tmp_path / "out", tmp_path / "other")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_a_full_disk_is_an_error_that_the_same_command_mends(
+    corpus: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("homodistil.data.dealing.write_shard", full)
+    with pytest.raises(DataError, match=r"No space left.*Make room"):
+        build([corpus], tmp_path / "out", tokenizer)
+    monkeypatch.undo()
+    build([corpus], tmp_path / "out", tokenizer)
+
+
+def test_of_two_builds_at_once_one_says_that_the_other_made_the_folder(
+    corpus: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    line = [sys.executable, *command(corpus, tmp_path / "out", tokenizer, "--workers", "1")]
+    both = [subprocess.Popen(line, env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    ended = sorted((process.communicate()[1], process.returncode) for process in both)
+    errors = [error for error, code in ended if code == 2]
+    assert sorted(code for _, code in ended) == [0, 2], ended
+    assert "exists already" in errors[0] and "Traceback" not in errors[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    verify(tmp_path / "out")
+
+
+def test_an_error_in_a_process_of_mpi_ends_all_of_them(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
+    if not mpirun():
+        pytest.skip("no mpirun: install Open MPI, or the dev extra")
+    (tmp_path / "bad.jsonl").write_text('{"txt": "x"}\n')
+    root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    launcher = [str(mpirun()), *root, "--oversubscribe", "--bind-to", "none", "-np", "3", sys.executable]
+    more = ["--source", str(tmp_path / "bad.jsonl")]
+    line = [*launcher, *command(corpus, tmp_path / "out", tokenizer, *more)]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2 and "bad.jsonl, line 1: found ['txt']" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_ids_are_read_in_blocks_of_whole_documents(
+    corpus: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build([corpus], tmp_path / "whole", tokenizer)
+    monkeypatch.setattr("homodistil.data.reading.IDS_AT_ONCE", 300)
+    build([corpus], tmp_path / "blocks", tokenizer)
+    monkeypatch.setattr("homodistil.data.encoding.DOCUMENTS_AT_ONCE", 7)
+    monkeypatch.setattr("homodistil.data.choice.PAIRS_AT_ONCE", 3)
+    build([corpus], tmp_path / "batches", tokenizer)
+    assert contents(tmp_path / "whole") == contents(tmp_path / "blocks") == contents(tmp_path / "batches")
+
+
+def test_the_sample_of_parts_is_the_sample_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large part's documents are as likely to be drawn as a small one's."""
+    monkeypatch.setattr(sampling, "TOKENIZER_CHARACTERS", 60_000)
+    write_rows(tmp_path / "0.jsonl", [f"large {prose(60, number)}" for number in range(300)])
+    write_rows(tmp_path / "1.jsonl", [f"small {prose(60, number)}" for number in range(60)])
+    sample = sampling.tokenizer_text(parts_of([str(tmp_path)]), Workers())
+    share = {kind: sum(text.startswith(kind) for text in sample) / size for kind, size in SIZES.items()}
+    assert 0.6 < share["large"] / share["small"] < 1.6
+
+
+SIZES = {"large": 300, "small": 60}
+
+
+@pytest.mark.parametrize("task", ["mlm", "clm"])
+def test_special_tokens_that_a_text_writes_about_are_text(task: str, tmp_path: Path) -> None:
+    opened = train_tokenizer([prose(8000, 1) + " [ ] < | >"], 600, task=task)  # type: ignore[arg-type]
+    opened.save_pretrained(tmp_path / "tokenizer")
+    write_rows(
+        tmp_path / "rows.jsonl", [f"[PAD] [MASK] [SEP] <|endoftext|> {prose(99, number)}" for number in range(30)]
+    )
+    (index,) = build([tmp_path / "rows.jsonl"], tmp_path / "out", tmp_path / "tokenizer", task=task)
+    rows = np.concatenate([read_shard(tmp_path / "out", index, entry) for entry in index.entries()])
+    ends, specials = (opened.sep_token_id, rows[:, 1:-1]) if task == "mlm" else (opened.eos_token_id, rows)
+    assert set(specials[np.isin(specials, opened.all_special_ids)].tolist()) <= {ends, opened.unk_token_id}
+    assert (specials == ends).sum() <= 30

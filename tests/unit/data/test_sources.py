@@ -12,9 +12,11 @@ import pytest
 from pyarrow import parquet
 
 from homodistil.data.embedded import embedded_documents, prose
-from homodistil.data.sources import Document, clean, documents, verbatim
+from homodistil.data.sources import Document, clean, documents, parts_of, read, verbatim
 from homodistil.errors import DataError
 
+FLIPPED = gzip.compress(bytes(range(256)) * 99)
+FLIPPED = FLIPPED[:40] + bytes(20) + FLIPPED[60:]
 TEXTS = ["One paragraph.\nAnother é.", "A second document."]
 
 
@@ -87,6 +89,18 @@ def test_an_endless_file_becomes_several_documents(tmp_path: Path) -> None:
     assert sum(len(document.text.split()) for document in found) == 25_000 * 20
 
 
+def test_an_endless_line_becomes_several_documents(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("word " * 500_000)
+    found = list(documents([str(tmp_path / "long.txt")]))
+    assert len(found) > 1 and sum(len(document.text.split()) for document in found) == 500_000
+
+
+def test_nothing_before_the_first_title_is_no_document_and_end_of_text_ends_one(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n= One =\ntext\n<|endoftext|>\nsecond\n<|endoftext|>\n")
+    (part,) = parts_of([str(tmp_path / "a.txt")])
+    assert [document.text for document in read(part)] == ["One\ntext", "second"]
+
+
 def test_section_headings_do_not_start_documents(tmp_path: Path) -> None:
     (tmp_path / "wiki.txt").write_text(" = Title = \n\n text one \n = = Section = = \n text two")
     assert len(list(documents([str(tmp_path / "wiki.txt")]))) == 1
@@ -102,6 +116,7 @@ def test_text_is_composed_and_its_white_space_single() -> None:
         ("bad.txt", b"caf\xe9 noir", ["bad.txt", "UTF-8"]),
         ("bad.txt.gz", b"not gzip", ["bad.txt.gz", "gzip"]),
         ("cut.txt.gz", gzip.compress(b"text " * 9999)[:-30], ["cut.txt.gz"]),
+        ("flipped.txt.gz", FLIPPED, ["flipped.txt.gz", "gzip"]),
         ("bad.jsonl", b'{"text": "fine"}\n{"text": ', ["bad.jsonl, line 2", "'text'"]),
         ("key.jsonl", b'{"txt": "x"}', ["key.jsonl, line 1", "'txt'", "'text'"]),
         ("bad.parquet", b"not parquet", ["bad.parquet"]),
@@ -118,6 +133,12 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes,
 def test_a_table_without_text_names_its_columns(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "t.parquet")
     with pytest.raises(DataError, match="body"):
+        list(documents([str(tmp_path / "t.parquet")]))
+
+
+def test_a_table_whose_text_is_not_text_says_what_it_is(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match="'text' is of int64"):
         list(documents([str(tmp_path / "t.parquet")]))
 
 
