@@ -1,8 +1,8 @@
 """Fingerprints: what tells that two documents say the same, or that one quotes a text that models are judged by.
 
-Texts are compared word by word, whatever the tokenizer; case and punctuation don't count. Near
-duplicates are found by MinHash (Broder 1997; rensa's) over shingles of five words, quotations as 13-grams of words
-(Brown et al. 2020, appendix C). Leaves which documents go to choice.py.
+Texts are compared word by word, whatever the tokenizer; case and punctuation don't count. Near duplicates are found by
+MinHash (Broder 1997; rensa's) over shingles of five words, quotations as 13-grams of words (Brown et al. 2020, appendix
+C). Leaves which documents go to choice.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache, cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,23 +40,23 @@ Counts = NDArray[np.int64]
 def words_of(texts: Sequence[str]) -> tuple[Hashes, Counts]:
     """(W,) hashes of the words of texts one after another, and how many each of the (N,) has.
 
-    A word is a run of letters and digits, or a single ideograph. It sums its characters' hashes, each with its place in
-    the word.
+    A word is a run of letters and digits, or a single ideograph. It sums what each of its characters makes with the one
+    that follows: order counts, and no place in a word need be known.
     """
     lowered = [text.lower() for text in texts]
-    codes = np.frombuffer("".join(lowered).encode("utf-32-le", "surrogatepass"), np.uint32)
-    ends = np.cumsum([len(text) for text in lowered], dtype=np.int64)
-    kinds = _kinds()[codes]
+    codes = np.frombuffer("\n".join([*lowered, ""]).encode("utf-32-le", "surrogatepass"), np.uint32)
+    alphabet = _alphabet()
+    kinds = alphabet.kinds[codes]
     starts = (kinds == Kind.IDEOGRAPH) | (np.diff(kinds, prepend=Kind.NONE) != 0)
-    starts[ends[ends < len(codes)]] = True
     (spoken,) = np.nonzero(kinds)
-    (begins,) = np.nonzero(starts[spoken])
+    begins = np.flatnonzero(starts[spoken])
     if not len(begins):
-        return np.empty(0, np.uint64), np.zeros_like(ends)
-    places = np.arange(len(spoken)) - np.repeat(begins, np.diff(begins, append=len(spoken)))
-    characters = codes[spoken].astype(np.uint64) | places.astype(np.uint64) << np.uint64(32)
-    counts = np.diff(np.searchsorted(spoken[begins], ends), prepend=0)
-    return np.add.reduceat(mix(characters), begins), counts
+        return np.empty(0, np.uint64), np.zeros(len(texts), np.int64)
+    characters = alphabet.hashes[codes]
+    following = np.where(starts[1:], np.uint64(0), characters[1:] >> np.uint64(1))
+    words = np.add.reduceat((characters[:-1] ^ following)[spoken], begins)
+    ends = np.cumsum([len(text) + 1 for text in lowered], dtype=np.int64)
+    return words, np.diff(np.searchsorted(spoken[begins], ends), prepend=0)
 
 
 class Kind(IntEnum):
@@ -67,13 +68,19 @@ class Kind(IntEnum):
     IDEOGRAPH = 2
 
 
-@cache
-def _kinds() -> NDArray[np.int8]:
+class Alphabet(NamedTuple):
     """Of every character."""
+
+    kinds: NDArray[np.int8]
+    hashes: Hashes
+
+
+@cache
+def _alphabet() -> Alphabet:
     kinds = np.array([chr(code).isalnum() for code in range(sys.maxunicode + 1)], dtype=np.int8)
     for first, last in IDEOGRAPHS:
         kinds[first : last + 1] *= Kind.IDEOGRAPH
-    return kinds
+    return Alphabet(kinds, mix(np.arange(len(kinds), dtype=np.uint64) + GOLDEN))
 
 
 def ngrams(words: Hashes, counts: Counts, n: int) -> tuple[Hashes, Counts]:
