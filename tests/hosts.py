@@ -37,6 +37,7 @@ StrictHostKeyChecking no
 UserKnownHostsFile /dev/null
 LogLevel ERROR
 BatchMode yes
+ServerAliveInterval 4
 """
 
 
