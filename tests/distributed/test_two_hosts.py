@@ -23,7 +23,7 @@ Hosts = tuple[Host, Host]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(processes.ROOT)}
 """What ssh does not carry to the other host."""
 PORT = "29500"
-HANG_SECONDS = 8
+HANG_SECONDS = 10
 SLACK_SECONDS = 20
 KEEPALIVE = {"time": 2, "intvl": 1, "probes": 3}
 
@@ -116,8 +116,8 @@ def test_two_hosts_train_one_student(launcher: Launcher, folder: Path, hosts: Ho
 def test_a_cut_cable_ends_the_run_with_a_word_and_the_same_command_resumes_it(
     launcher: Launcher, folder: Path, hosts: Hosts
 ) -> None:
-    changes = {"run__updates": 60, "checkpoint__every": 4, "health__hang_timeout_seconds": HANG_SECONDS}
-    launches = start(launcher, folder, hosts, name := f"cut-{launcher.__name__[3:6]}", **changes)
+    changes, hurry = {"run__updates": 40, "checkpoint__every": 4}, {"health__hang_timeout_seconds": HANG_SECONDS}
+    launches = start(launcher, folder, hosts, name := f"cut-{launcher.__name__[3:6]}", **changes, **hurry)
     first = launches[0]
     first.until(lambda: first.updates() >= 6, "update 6")
     hosts[1].unplug()
