@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -22,7 +23,7 @@ from homodistil.ranks import Ranks
 BEAT_SECONDS = 1.0
 """Between two signs of life."""
 SILENCE_SECONDS = 5.0
-"""A rank silent this long counts as stopped or dead."""
+"""A rank silent this long counts as lost."""
 LOOKUP_SECONDS = 20.0
 """Bound on asking the store, which a lost rank may have held."""
 
@@ -32,6 +33,7 @@ class Heartbeat(NamedTuple):
 
     beat: int
     update: int
+    host: str
 
 
 class Watchdog:
@@ -65,11 +67,11 @@ class Watchdog:
 
     def _beat(self) -> None:
         store = _own_store()
-        beat = 0
+        beat, host = 0, socket.gethostname()
         while not self._over.wait(BEAT_SECONDS):
             beat += 1
             try:
-                store.set(_key(self._ranks.rank), json.dumps(Heartbeat(beat, self._update)))
+                store.set(_key(self._ranks.rank), json.dumps(Heartbeat(beat, self._update, host)))
             except RuntimeError as error:  # without it no collective group can end in order: do not train on, orphaned
                 self._give_up(f"the rendezvous store is gone, and with it the launcher or rank 0 ({error}).")
 
@@ -88,12 +90,15 @@ class Watchdog:
         if self._over.is_set():
             return
         end = "The run ends here; the same command resumes from its last checkpoint."
-        print(f"error on rank {self._ranks.rank}: {words} {end}", file=sys.stderr, flush=True)
-        os._exit(RankLostError.exit_code)
+        try:
+            print(f"error on rank {self._ranks.rank}: {words} {end}", file=sys.stderr, flush=True)
+        finally:  # a launcher that died took stderr with it
+            os._exit(RankLostError.exit_code)
 
     def _bounded_lookup(self) -> str:
         """Who is lost, in words; empty if nobody is."""
-        found = ["The rendezvous store does not answer, so the rank that holds it, mostly rank 0, is lost."]
+        where = os.environ.get("MASTER_ADDR", "another host")
+        found = [f"The rendezvous store on {where} does not answer: rank 0 or the launcher is lost there, or cut off."]
 
         def look() -> None:
             try:
@@ -114,14 +119,15 @@ class Watchdog:
         others = [rank for rank in range(self._ranks.world_size) if rank != self._ranks.rank]
         silent = [rank for rank in others if after[rank].beat == before[rank].beat]
         behind = [rank for rank in others if rank not in silent and after[rank].update < self._update]
-        words = [f"Rank {rank} is stopped or dead; it had done {after[rank].update} updates." for rank in silent]
+        lost = [(f"Rank {rank} on {after[rank].host}", after[rank].update) for rank in silent]
+        words = [f"{who} is stopped or dead, or cut off; it had done {done} updates." for who, done in lost]
         words += [f"Rank {rank} lives, but has done only {after[rank].update} updates." for rank in behind]
         return " ".join(words)
 
     def _heartbeats(self, store: Any) -> list[Heartbeat]:
-        """Every rank's latest; zeros for one that never gave any."""
+        """Every rank's latest; zeros, from nowhere, for one that never gave any."""
         keys = [_key(rank) for rank in range(self._ranks.world_size)]
-        return [Heartbeat(*json.loads(store.get(key))) if store.check([key]) else Heartbeat(0, 0) for key in keys]
+        return [Heartbeat(*json.loads(store.get(key))) if store.check([key]) else Heartbeat(0, 0, "?") for key in keys]
 
 
 def _own_store() -> Any:

@@ -29,7 +29,8 @@ PATIENCE_SECONDS = 240.0
 class Launch:
     """A launcher with two ranks below it, in a process group of its own; `changes` are the run's."""
 
-    def __init__(self, folder: Path, launcher: str, name: str, **changes: Any) -> None:
+    def __init__(self, folder: Path, launcher: str | list[str], name: str, **changes: Any) -> None:
+        """launcher: one of LAUNCHERS, or the words before the script."""
         self.run = folder / "runs" / name
         self._marker = f"marker-{name}-{os.getpid()}"  # on every command line below, to find orphans by
         recipe = folder / f"{self._marker}.yaml"
@@ -37,7 +38,8 @@ class Launch:
         recipe.write_text(yaml.safe_dump(values), encoding="utf-8")
         self.log = folder / f"{name}.log"
         flags = ["--ds_config", str(folder / "zero2.json"), "--teacher_ds_config", str(folder / "teacher.json")]
-        command = [*LAUNCHERS[launcher](), PRETRAIN, *flags, "--recipe", str(recipe)]
+        words = LAUNCHERS[launcher]() if isinstance(launcher, str) else launcher
+        command = [*words, PRETRAIN, *flags, "--recipe", str(recipe)]
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         with self.log.open("a") as log:
@@ -47,7 +49,7 @@ class Launch:
 
     def ranks(self) -> list[psutil.Process]:
         """The processes that train, first rank first."""
-        found = [p for p in self.alive() if PRETRAIN in p.cmdline() and not _launches(p)]
+        found = [p for p in self.alive() if PRETRAIN in _command_line(p)[1:3]]  # `python -u PRETRAIN`, or without -u
         return sorted(found, key=lambda process: process.environ().get("RANK", process.environ().get(MPI_RANK, "")))
 
     def alive(self) -> list[psutil.Process]:
@@ -137,11 +139,3 @@ def _command_line(process: psutil.Process) -> list[str]:
         return [] if process.status() == psutil.STATUS_ZOMBIE else process.cmdline()
     except psutil.Error:
         return []
-
-
-def _launches(process: psutil.Process) -> bool:
-    """Whether this is a launcher, not a rank."""
-    words = _command_line(process)
-    return any(
-        part in word for word in words for part in ("torch.distributed.run", "deepspeed.launcher", "mpirun")
-    ) or (len(words) > 1 and words[1].endswith("/deepspeed"))

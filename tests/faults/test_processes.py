@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +21,15 @@ from tests.faults.test_checkpoint_faults import is_whole
 
 LONG = {"run__updates": 2000, "checkpoint__every": 10, "validation__every": 1000}
 """Far longer than any of these tests."""
+
+GIVES_UP = """
+import threading, time, torch
+from homodistil.ranks import Ranks
+from homodistil.watchdog import Watchdog
+dog = Watchdog(Ranks(0, 2, 0, torch.device("cpu")), timeout_seconds=1)
+threading.Thread(target=dog._give_up, args=["rank 1 is lost."]).start()
+time.sleep(60)  # as a main thread that waits in a collective
+"""
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +82,7 @@ def test_a_killed_rank_is_named_by_the_others(folder: Path) -> None:
     launch.until(lambda: launch.checkpoints() and launch.updates() > 10, "a checkpoint")
     launch.ranks()[1].kill()
     assert launch.ended() != 0
-    assert "Rank 1 is stopped or dead" in launch.log.read_text()
+    assert f"Rank 1 on {socket.gethostname()} is stopped or dead" in launch.log.read_text()
     assert is_whole(launch.run / "checkpoints" / launch.checkpoints()[-1])
 
 
@@ -80,9 +93,18 @@ def test_a_stopped_rank_is_named_in_bounded_time(folder: Path) -> None:
     stopped.suspend()
     assert launch.ended() != 0
     log = launch.log.read_text()
-    assert "no progress for 8 s" in log and "Rank 1 is stopped or dead" in log
+    assert "no progress for 8 s" in log and f"Rank 1 on {socket.gethostname()} is stopped or dead" in log
     assert f"exitcode  : {RankLostError.exit_code}" in log  # torchrun's report of the rank that gave up
     assert is_whole(launch.run / "checkpoints" / launch.checkpoints()[-1])
+
+
+def test_a_rank_gives_up_though_its_launcher_took_stderr_with_it() -> None:
+    nobody_reads, stderr = os.pipe()
+    os.close(nobody_reads)
+    program = [sys.executable, "-c", GIVES_UP]
+    done = subprocess.run(program, stderr=stderr, cwd=processes.ROOT, timeout=processes.PATIENCE_SECONDS)
+    os.close(stderr)
+    assert done.returncode == RankLostError.exit_code
 
 
 def test_a_short_campaign_of_kills_ends_like_the_undisturbed_run(folder: Path) -> None:
