@@ -29,12 +29,15 @@ PERMUTATIONS = 128
 QUOTED_WORDS = 13
 SEED = 1
 PASSAGES_AT_ONCE = 10_000
+BLOCK_CHARACTERS = 50_000
 FILTER_BITS = 24
 """A table of 2^24 flags tells most n-grams at once that they are in no evaluation text."""
 IDEOGRAPHS = (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF)
 """Chinese and Japanese put no spaces between words."""
 
 Counts = NDArray[np.int64]
+POWERS = np.concatenate([[np.uint64(1)], np.cumprod(np.full(QUOTED_WORDS, GOLDEN))])
+"""Of the polynomial's base, modulo 2^64."""
 
 
 def words_of(texts: Sequence[str]) -> tuple[Hashes, Counts]:
@@ -43,20 +46,36 @@ def words_of(texts: Sequence[str]) -> tuple[Hashes, Counts]:
     A word is a run of letters and digits, or a single ideograph. It sums what each of its characters makes with the one
     that follows: order counts, and no place in a word need be known.
     """
-    lowered = [text.lower() for text in texts]
-    codes = np.frombuffer("\n".join([*lowered, ""]).encode("utf-32-le", "surrogatepass"), np.uint32)
+    found = [_words(block, start) for start, block in _blocks("\n".join([*texts, ""]))]
+    words, places = (np.concatenate(parts) for parts in zip(*found, (_NONE, _NOWHERE), strict=True))
+    ends = np.cumsum([len(text) + 1 for text in texts], dtype=np.int64)
+    return words, np.diff(np.searchsorted(places, ends), prepend=0)
+
+
+def _blocks(text: str) -> Iterator[tuple[int, str]]:
+    """(where it starts, lines of a text that fit a processor's cache together)."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + BLOCK_CHARACTERS) + 1 or len(text)
+        yield start, text[start:end]
+        start = end
+
+
+def _words(block: str, start: int) -> tuple[Hashes, Counts]:
+    """(W,) hashes and places of the words of lines."""
+    codes = np.frombuffer(block.encode("utf-32-le", "surrogatepass"), np.uint32)
     alphabet = _alphabet()
-    kinds = alphabet.kinds[codes]
+    kinds, characters = alphabet.kinds[codes], alphabet.hashes[codes]
     starts = (kinds == Kind.IDEOGRAPH) | (np.diff(kinds, prepend=Kind.NONE) != 0)
-    (spoken,) = np.nonzero(kinds)
-    begins = np.flatnonzero(starts[spoken])
+    begins = np.flatnonzero(starts & (kinds != Kind.NONE))
     if not len(begins):
-        return np.empty(0, np.uint64), np.zeros(len(texts), np.int64)
-    characters = alphabet.hashes[codes]
-    following = np.where(starts[1:], np.uint64(0), characters[1:] >> np.uint64(1))
-    words = np.add.reduceat((characters[:-1] ^ following)[spoken], begins)
-    ends = np.cumsum([len(text) + 1 for text in lowered], dtype=np.int64)
-    return words, np.diff(np.searchsorted(spoken[begins], ends), prepend=0)
+        return _NONE, _NOWHERE
+    following = characters[1:] >> np.uint64(1)
+    np.copyto(following, 0, where=starts[1:])  # the last of a word has none
+    return np.add.reduceat(characters[:-1] ^ following, begins), begins + start
+
+
+_NONE, _NOWHERE = np.empty(0, np.uint64), np.empty(0, np.int64)
 
 
 class Kind(IntEnum):
@@ -73,6 +92,7 @@ class Alphabet(NamedTuple):
 
     kinds: NDArray[np.int8]
     hashes: Hashes
+    """Of the small letter; zero of what is in no word."""
 
 
 @cache
@@ -80,7 +100,9 @@ def _alphabet() -> Alphabet:
     kinds = np.array([chr(code).isalnum() for code in range(sys.maxunicode + 1)], dtype=np.int8)
     for first, last in IDEOGRAPHS:
         kinds[first : last + 1] *= Kind.IDEOGRAPH
-    return Alphabet(kinds, mix(np.arange(len(kinds), dtype=np.uint64) + GOLDEN))
+    lower = np.array([ord(chr(code).lower()[0]) for code in range(len(kinds))], dtype=np.uint64)
+    hashes = mix(lower + GOLDEN)
+    return Alphabet(kinds, np.where(kinds == Kind.NONE, np.uint64(0), hashes))
 
 
 def ngrams(words: Hashes, counts: Counts, n: int) -> tuple[Hashes, Counts]:
@@ -91,11 +113,25 @@ def ngrams(words: Hashes, counts: Counts, n: int) -> tuple[Hashes, Counts]:
         begins[(ends - back)[counts >= back]] = False
     if len(words) < n:
         return words[:0], np.zeros_like(counts)
-    rolled = words[: len(words) - n + 1].copy()
-    for offset in range(1, n):
-        rolled *= GOLDEN
-        rolled += words[offset : len(words) - n + 1 + offset]
+    rolled = _rolled(words, n)
     return mix(rolled[begins[: len(rolled)]]), np.maximum(counts - (n - 1), 0)
+
+
+def _rolled(words: Hashes, n: int) -> Hashes:
+    """(W - n + 1,): the polynomial of the n words from each on, put together of those of 1, 2, 4, ... words."""
+    rolled, done, block, length = words[:0], 0, words, 1
+    while done < n:
+        if n & length:
+            rolled, done = (_after(rolled, block, done, length) if done else block), done + length
+        block, length = _after(block, block, length, length), 2 * length
+    return rolled
+
+
+def _after(first: Hashes, then: Hashes, size: int, length: int) -> Hashes:
+    """Polynomials of `size` words, each followed by that of the next `length`."""
+    following = then[size:]
+    count = min(len(first), len(following))
+    return first[:count] * POWERS[length] + following[:count]
 
 
 def signatures(words: Hashes, counts: Counts) -> NDArray[np.uint32]:

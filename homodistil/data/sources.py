@@ -155,6 +155,7 @@ def _dataset(source: str) -> Any:
 def clean(paragraph: str) -> str:
     """One paragraph in Unicode NFC, its white space single, its control and format characters gone."""
     composed = unicodedata.normalize("NFC", paragraph)
-    if not composed.isprintable():
-        composed = "".join(c for c in composed if c.isspace() or unicodedata.category(c)[0] != "C")
+    if composed.isprintable():  # then a space is the only white space in it
+        return " ".join(composed.split()) if "  " in composed else composed.strip()
+    composed = "".join(c for c in composed if c.isspace() or unicodedata.category(c)[0] != "C")
     return " ".join(composed.split())
