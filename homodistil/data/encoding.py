@@ -20,15 +20,16 @@ import xxhash
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
+from homodistil.data.encoder import Encoder
 from homodistil.data.fingerprints import Quotable, signatures, words_of
-from homodistil.data.shards import Sequences
 from homodistil.data.sources import Document, Part, read
-from homodistil.data.tokenizer import open_tokenizer
 from homodistil.files import sha256, write_durably
 
 # N documents of a part, P permutations
 
-CHARACTERS_AT_ONCE, DOCUMENTS_AT_ONCE = 2_000_000, 10_000
+CHARACTERS_AT_ONCE, DOCUMENTS_AT_ONCE = 500_000, 10_000
+_encoder = cache(Encoder)
+"""Made once a process."""
 
 
 @dataclass(frozen=True)
@@ -145,15 +146,16 @@ def dtype_of(vocab_size: int) -> np.dtype[np.unsignedinteger]:
 
 def _write_ids(request: Request, found: list[Found], tick: Callable[[int], object], path: Path) -> None:
     total = 0
-    tokenizer = _opened(request.tokenizer)
+    encoder = _encoder(request.tokenizer)
+    dtype = dtype_of(encoder.size)
     with path.open("wb") as file:
         for batch in _batches(read(request.part)):
-            ids = _encoded(batch.texts, tokenizer, request.end)
+            ids = encoder.ids(batch.texts, request.end, dtype)
             lengths = np.array([len(document) for document in ids], dtype=np.int64)
             if request.max_tokens is not None:
                 before = total + np.cumsum(lengths) - lengths
                 lengths = lengths[before < request.max_tokens]
-            joined = np.concatenate([*ids[: len(lengths)], np.empty(0, dtype_of(len(tokenizer)))])
+            joined = np.concatenate([*ids[: len(lengths)], np.empty(0, dtype)])
             found.append(_looked_at(request, batch, lengths))
             file.write(joined.tobytes())
             total += len(joined)
@@ -173,11 +175,6 @@ def _looked_at(request: Request, batch: Batch, lengths: NDArray[np.int64]) -> Fo
         quotes = Quotable.load(request.quotable).quoted(words, counts) if request.quotable else quotes
     hashes = np.frombuffer(exact, np.uint64).reshape(-1, 2)
     return Found(lengths, numbers, hashes, marks, quotes, np.array(batch.empty))
-
-
-def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerFast, end: int) -> list[Sequences]:
-    encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    return [np.array([*encoding.ids, end], dtype=dtype_of(len(tokenizer))) for encoding in encodings]
 
 
 class Batch(NamedTuple):
@@ -205,11 +202,3 @@ def _batches(documents: Iterator[Document]) -> Iterator[Batch]:
             batch, characters = Batch([], [], 0), 0
     if batch.texts or batch.empty:
         yield batch
-
-
-@cache
-def _opened(path: Path) -> PreTrainedTokenizerFast:
-    tokenizer = open_tokenizer(path)
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.encode_special_tokens = True  # who writes about [PAD] does not mean the token
-    return tokenizer

@@ -25,6 +25,7 @@ from homodistil.data import readers, sampling, sources
 from homodistil.data.build import build_shards
 from homodistil.data.choice import SIMILAR
 from homodistil.data.corpus import sentence_borders, sentence_starts
+from homodistil.data.encoder import Encoder
 from homodistil.data.fingerprints import QUOTED_WORDS, ngrams, signatures, words_of
 from homodistil.data.shards import ShardIndex, read_shard, verify
 from homodistil.data.sources import documents, parts_of, read
@@ -176,6 +177,23 @@ def test_without_deduplication_everything_stays(tokenizer: Path, tmp_path: Path)
     for deduplicate, kept in (("none", 60), ("exact", 30)):
         (index,) = build([tmp_path / "rows.jsonl"], tmp_path / deduplicate, tokenizer, deduplicate=deduplicate)
         assert index.documents == kept
+
+
+@pytest.mark.parametrize("cased", [False, True])
+def test_plain_lines_get_the_ids_that_the_tokenizer_gives_the_whole_text(tmp_path: Path, cased: bool) -> None:
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz.,!?;:'()[]-=", "the", "##ing"]
+    pieces += [f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0"] + (["The", "É", "T"] if cased else ["é"])
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces), encoding="utf-8")
+    plain = open_tokenizer(tmp_path / "vocab.txt")
+    plain.save_pretrained(tmp_path / "saved")
+    mixed = "The CAT, sing-ing.\n= [MASK] [SEP] =\nÉté über alles\nand\n\nmore: x" + "y" * 200
+    texts = [mixed, "日本\nThe", "é\né", prose(300, 3)]
+    backend = plain.backend_tokenizer
+    backend.encode_special_tokens = True
+    wanted = [[*backend.encode(text, add_special_tokens=False).ids, 3] for text in texts]
+    found = Encoder(tmp_path / "saved").ids(texts, 3, np.dtype(np.uint16))
+    assert [ids.tolist() for ids in found] == wanted
+    assert any(4 in ids for ids in wanted) is False
 
 
 def spoken(text: str) -> list[str]:
