@@ -41,10 +41,10 @@ PLACEHOLDERS = {"ds_configs/zeroS.json"}
 """A document's S is for a stage."""
 OUTSIDE_FLAGS = {
     "deepspeed": {"--num_accelerators", "--hostfile", "--num_nodes"},
-    "sbatch, srun, scontrol": {"--signal", "--requeue", "--mpi"},
+    "sbatch, srun, scontrol": {"--signal", "--requeue", "--mpi", "--nodes"},
     "docker, apt-get": {"--profile", "--build-arg", "--entrypoint", "--rm", "--no-install-recommends"},
     "kubectl": {"--for", "--timeout"},
-    "mpirun": {"--bind-to"},
+    "mpirun": {"--bind-to", "--host", "--prtemca"},
     "tensorboard": {"--logdir", "--bind_all", "--port"},
     "all": {"--help"},
 }
@@ -52,7 +52,7 @@ OUTSIDE_FLAGS = {
 OUTSIDE_VARIABLES = {
     "torchrun": ["PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT"],
     "torch": ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "TORCH_EXTENSIONS_DIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"],
-    "NCCL": ["NCCL_DEBUG"],
+    "NCCL, gloo": ["NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"],
     "Hugging Face": ["HF_HOME", "HF_HUB_OFFLINE"],
     "matplotlib": ["MPLCONFIGDIR"],
     "Python": ["PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"],
