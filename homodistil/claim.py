@@ -1,7 +1,8 @@
 """Claim: one process at a time writes a folder.
 
 A second start of the same command, or ranks that outlived their launcher, would delete and retire each other's
-checkpoints. The lock is the kernel's: it ends with the process that holds it, however that ends, and is never stale.
+checkpoints. The lock is the kernel's: it ends with the process that holds it, however that ends. On network storage the
+lock of a machine that lost power lives on, for a lease or, with NFSv3, until it is back.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from typing import IO
 from homodistil.errors import CheckpointError, HomodistilError
 from homodistil.ranks import Ranks
 
-PATIENCE_SECONDS = 60.0
-"""How long a process that is on its way out is waited for."""
+PATIENCE_SECONDS = 120.0
+"""How long a process that is on its way out is waited for, or a server that takes back the lock of a lost machine."""
 LOCK = "lock"
 """File in the folder; it stays."""
 
@@ -86,7 +87,7 @@ def _wait(file: IO[str], folder: Path, key: str, error: type[HomodistilError], p
             file.seek(0)
             raise error(
                 f"{folder}: this run is running already ({file.read()}). Wait for it, stop it, or give this "
-                f"one another {key}."
+                f"one another {key}. If that machine is gone for good, delete {folder / LOCK}."
             )
         time.sleep(0.2)
 

@@ -123,15 +123,15 @@ def share_cores() -> None:
 
 def rendezvous() -> None:
     """Fill in what a launcher did not say: Slurm's variables, or a world of one."""
-    slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-    if "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
-        for name, source in slurm.items():
-            os.environ.setdefault(name, os.environ[source])
-    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and not {"RANK", "MASTER_ADDR"} & os.environ.keys():
-        raise ConfigError(
-            "srun started several tasks, but MASTER_ADDR is not set. Before srun: export MASTER_PORT=29500 "
-            'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
-        )
+    launched = {"RANK", "OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS"} & os.environ.keys()  # by torchrun, mpirun, Hydra
+    if not launched and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # by srun: a batch script is a step of one
+        if "MASTER_ADDR" not in os.environ:
+            raise ConfigError(
+                "srun started several tasks, but MASTER_ADDR is not set. Before srun: export MASTER_PORT=29500 "
+                'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+            )
+        slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+        os.environ.update({name: os.environ[source] for name, source in slurm.items()})
     if "RANK" not in os.environ and not any(name.startswith(("OMPI_COMM", "PMI_")) for name in os.environ):
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(free_port())

@@ -27,7 +27,7 @@ SBATCH = {
 SRUN = {"kill-on-bad-exit", "wait", "cpus-per-task"}
 STARTS_TWO_RANKS = """#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
-for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & ranks+=($!); done
+for rank in 0 1; do SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & ranks+=($!); done
 for rank in "${ranks[@]}"; do wait "$rank" || code=$?; done
 exit "${code:-0}"
 """

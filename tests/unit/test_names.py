@@ -40,11 +40,11 @@ OUR_FOLDERS = "benchmarks|data_prep|docker|docs|ds_configs|homodistil|launchers|
 PLACEHOLDERS = {"ds_configs/zeroS.json"}
 """A document's S is for a stage."""
 OUTSIDE_FLAGS = {
-    "deepspeed": {"--num_accelerators", "--hostfile", "--num_nodes"},
+    "deepspeed": {"--num_accelerators", "--hostfile", "--num_nodes", "--master_addr"},
     "sbatch, srun, scontrol": {"--signal", "--requeue", "--mpi", "--nodes"},
     "docker, apt-get": {"--profile", "--build-arg", "--entrypoint", "--rm", "--no-install-recommends"},
-    "kubectl": {"--for", "--timeout"},
-    "mpirun": {"--bind-to", "--host", "--prtemca"},
+    "kubectl": {"--for", "--timeout", "--max-log-requests"},
+    "mpirun": {"--bind-to", "--host", "--prtemca", "--mca"},
     "tensorboard": {"--logdir", "--bind_all", "--port"},
     "all": {"--help"},
 }
@@ -56,11 +56,11 @@ OUTSIDE_VARIABLES = {
     "Hugging Face": ["HF_HOME", "HF_HUB_OFFLINE"],
     "matplotlib": ["MPLCONFIGDIR"],
     "Python": ["PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"],
-    "the system": ["PATH", "HOME", "XDG_CACHE_HOME"],
-    "NVIDIA's container toolkit": ["NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES"],
+    "the system": ["PATH", "HOME", "XDG_CACHE_HOME", "LD_LIBRARY_PATH"],
+    "NVIDIA's container toolkit": ["NVIDIA_DRIVER_CAPABILITIES"],
 }
 """Environment variables that somebody else reads, by who does."""
-PORTS = {"6006": "TensorBoard", "29500": "rendezvous", "2222": "sshd", "53": "names"}
+PORTS = {"6006": "TensorBoard", "29500": "rendezvous", "2222": "sshd", "53": "names", "5353": "names"}
 
 
 def texts(paths: list[Path]) -> list[object]:
@@ -230,6 +230,6 @@ def test_a_wrong_name_is_noticed() -> None:
 
 def test_the_ports_are_those_of_the_programs_behind_them() -> None:
     exposed = next(argument for kind, argument in stage("runtime") if kind == "EXPOSE").split()
-    assert set(exposed) == PORTS.keys() - {"53"}
+    assert set(exposed) == PORTS.keys() - {"53", "5353"}
     assert "\nPort 2222\n" in (ROOT / "docker/ssh/sshd_config").read_text(encoding="utf-8")
     assert compose()["services"]["tensorboard"]["entrypoint"][-1] == "6006"
