@@ -96,7 +96,7 @@ def launcher(request: pytest.FixtureRequest) -> Launcher:
     return chosen
 
 
-@pytest.mark.parametrize("launcher", [by_deepspeed, by_torchrun, slow(by_mpirun)], indirect=True)
+@pytest.mark.parametrize("launcher", [by_deepspeed, slow(by_torchrun), slow(by_mpirun)], indirect=True)
 def test_two_hosts_train_one_student(launcher: Launcher, folder: Path, hosts: Hosts) -> None:
     received = [host.received_bytes() for host in hosts]
     launches = start(launcher, folder, hosts, f"two-{launcher.__name__[3:6]}")
