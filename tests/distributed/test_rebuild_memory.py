@@ -85,7 +85,7 @@ def twenty_prunes(stage: int) -> list[tuple[float, int, int]]:
     return seen
 
 
-@pytest.mark.parametrize("stage", [slow(1), slow(2), 3], ids=NAMES)
+@pytest.mark.parametrize("stage", [slow(1), slow(2), slow(3)], ids=NAMES)
 def test_after_each_of_twenty_prunes_only_the_narrower_engine_is_alive(pool: Any, stage: int) -> None:
     for rank in pool(2).run(twenty_prunes, stage, timeout=400):
         assert [hidden for _, _, hidden in rank] == [240 - 6 * k for k in range(1, PRUNES + 1)]
