@@ -176,20 +176,16 @@ def vocabulary_hash(tokenizer: PreTrainedTokenizerFast) -> str:
 
 def continuation_pieces(path: Path, vocab_size: int) -> NDArray[np.bool_]:
     """(vocab_size,) of whether a piece continues the word of the piece before it."""
-    return continues_word(open_tokenizer(path), vocab_size)
-
-
-def piece_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """What each piece looks like in a text, in id order."""
-    alone = [[number] for number in range(len(tokenizer))]
-    return tokenizer.backend_tokenizer.decode_batch(alone, skip_special_tokens=False)
-
-
-def continues_word(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> NDArray[np.bool_]:
-    """The same of an open tokenizer."""
+    tokenizer = open_tokenizer(path)
     continued = isinstance(tokenizer.backend_tokenizer.model, models.WordPiece)
     continues = np.zeros(vocab_size, dtype=np.bool_)
     for piece, number in tokenizer.get_vocab().items():
         continues[number] = piece.startswith(CONTINUATION) if continued else not piece.startswith(WORD_STARTS)
     continues[tokenizer.all_special_ids] = False
     return continues
+
+
+def piece_texts(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """What each piece looks like in a text, in id order."""
+    alone = [[number] for number in range(len(tokenizer))]
+    return tokenizer.backend_tokenizer.decode_batch(alone, skip_special_tokens=False)
