@@ -95,6 +95,18 @@ class Host:
         """The cable, at this end: here the network is unreachable; at the other end, nothing answers any more."""
         self.run(_tool("ip"), "link", "set", "eth0", "down")
 
+    def reach(self, other: Host) -> None:
+        """Until ssh gets there: after a cut, a kernel refuses for seconds to ask again who has an address."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                self.run("ssh", other.name, "true")
+                return
+            except NoHosts:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
     def holds(self, process: psutil.Process) -> bool:
         """Whether it runs here, as the kernel sees it."""
         ours, its = (Path(f"/proc/{pid}/ns/net") for pid in (self.pid, process.pid))

@@ -131,6 +131,7 @@ def test_a_cut_cable_ends_the_run_with_a_word_and_the_same_command_resumes_it(
     for words in SAID[launcher]:
         assert words in first.log.read_text()
     assert not (first.run / "summary.json").exists()
+    hosts[0].reach(hosts[1])
     assert finished(start(launcher, folder, hosts, name, **changes))["resumed_from"] >= 4
 
 
