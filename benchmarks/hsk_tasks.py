@@ -93,7 +93,7 @@ def steps(task: str, shared: Path) -> list[Step]:
     """Teacher; for every arm its cache, then its seeds."""
     setting, folder = SETTINGS[task], RUNS / task
     common = ["--task.name", task, "--task.path", str(shared / "data/glue" / setting.folder)]
-    common += ["--task.max_length", str(LONGEST[task])]
+    common += ["--task.max_length", str(LONGEST[task]), "--task.group_by_length", "true"]
     common += ["--run.directory", str(folder), "--checkpoint.every", "100000", "--validation.every", "100000"]
     if setting.examples:
         common += ["--task.train_examples", str(setting.examples)]

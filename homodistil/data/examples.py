@@ -1,6 +1,7 @@
 """TaskData and TaskStream: a benchmark's examples as a run knows them, and as an exact stream of batches.
 
-Epoch e is a permutation of the training examples that depends on (seed, e) alone. The stream is the endless
+Epoch e is a permutation of the training examples that depends on (seed, e) alone; grouped by length, on the size of
+the global batch as well. The stream is the endless
 concatenation of epochs and an update reads the next `global_batch` of it, so none is left out or comes twice in an
 epoch, the position is one integer, and the global batch is the same for any number of ranks. What an example is, is
 glue.py's and squad.py's.
@@ -38,6 +39,8 @@ T = TypeVar("T")
 
 PIECE = 4096
 """Examples of a cache's file."""
+SORTED_TOGETHER = 64
+"""Global batches out of which those of nearly equal lengths are made."""
 TRAIN_AND_VALIDATION: tuple[Split, ...] = ("train", "validation")
 
 
@@ -122,12 +125,13 @@ class TaskStream:
         ranks: Ranks,
         last_token: bool = False,
         attach: Attach = unchanged,
+        group_by_length: bool = False,
     ):
         """last_token: the scored slot is an example's last token, for causal models. attach: what is done with a batch
-        at last. Raises `ConfigError` for a global batch that the ranks cannot share."""
+        at last. group_by_length: a global batch has examples of nearly equal lengths. Raises `ConfigError` for a global batch that the ranks cannot share."""
         micro_batch_size(config.global_batch, config.micro_batch, ranks.world_size)  # refuses what does not divide
         self._data, self._seed, self._ranks, self._last_token = data, seed, ranks, last_token
-        self._global_batch, self._attach = config.global_batch, attach
+        self._global_batch, self._attach, self._group_by_length = config.global_batch, attach, group_by_length
         self._order = lru_cache(maxsize=2)(self._epoch)  # a batch seldom touches more
 
     @property
@@ -200,7 +204,20 @@ class TaskStream:
         return np.concatenate(parts)
 
     def _epoch(self, epoch: int) -> Integers:
-        return permutation(self._data.count("train"), Purpose.EXAMPLE_ORDER, self._seed, epoch)
+        order = permutation(self._data.count("train"), Purpose.EXAMPLE_ORDER, self._seed, epoch)
+        return self._grouped(order, epoch) if self._group_by_length else order
+
+    def _grouped(self, order: Integers, epoch: int) -> Integers:
+        """The same examples: out of every 64 batches' as many batches of nearly equal lengths, and all of these in a
+        drawn order. The batches that an epoch shares with its neighbours stay at its ends."""
+        size, lengths = self._global_batch, self._data.splits["train"].lengths
+        windows = np.split(order, range(size * SORTED_TOGETHER, len(order), size * SORTED_TOGETHER))
+        sorted_in_windows = np.concatenate([w[np.argsort(-lengths[w], kind="stable")] for w in windows])
+        begun = -epoch * len(order) % size  # rows of a batch that the epoch before began
+        first, *batches = np.split(sorted_in_windows, range(begun, len(order), size))
+        rest = batches.pop() if batches and len(batches[-1]) < size else order[:0]
+        drawn = permutation(len(batches), Purpose.BATCH_ORDER, self._seed, epoch)
+        return np.concatenate([first, *(batches[number] for number in drawn), rest])
 
     def _pinned(self, batch: Batch) -> Batch:
         return batch.pin_memory() if self._ranks.device.type == "cuda" else batch

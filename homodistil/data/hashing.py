@@ -38,6 +38,7 @@ class Purpose(IntEnum):
     KEPT_TOKENS = 11
     KEPT_UNITS = 12
     DRAWN_TARGETS = 13
+    BATCH_ORDER = 14
 
 
 def mix(values: Hashes) -> Hashes:

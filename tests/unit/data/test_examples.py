@@ -56,9 +56,12 @@ def data(rte: Path, tokenizer: Path) -> TaskData:
     return TaskData.open(TaskConfig(name="rte", path=rte, max_length=MAX_LENGTH), tokenizer)
 
 
-def stream(data: TaskData, rank: int = 0, world_size: int = 1, seed: int = 0, **options: Any) -> TaskStream:
+def stream(
+    data: TaskData, rank: int = 0, world_size: int = 1, seed: int = 0, grouped: bool = False, **options: Any
+) -> TaskStream:
     settings = {"global_batch": GLOBAL_BATCH, "micro_batch": 4, **options}
-    return TaskStream(data, DataConfig.model_validate(settings), seed, ranks(rank, world_size))
+    config = DataConfig.model_validate(settings)
+    return TaskStream(data, config, seed, ranks(rank, world_size), group_by_length=grouped)
 
 
 def tensors(batch: Batch) -> dict[str, torch.Tensor]:
@@ -76,13 +79,31 @@ def test_the_ranks_rows_interleaved_are_the_global_batch_of_one_rank(data: TaskD
                 assert torch.equal(getattr(shared[rank][number][1], name), tensor[rank::world_size]), name
 
 
-@pytest.mark.parametrize("global_batch", [1, 12, 40])
-def test_every_epoch_is_another_permutation_and_nothing_is_dropped(data: TaskData, global_batch: int) -> None:
-    updates = stream(data, global_batch=global_batch).updates(0, 3 * TRAIN)
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("global_batch", [1, 5, 12, 40])
+def test_every_epoch_is_another_permutation_and_nothing_is_dropped(
+    data: TaskData, global_batch: int, grouped: bool
+) -> None:
+    updates = stream(data, grouped=grouped, global_batch=global_batch).updates(0, 3 * TRAIN)
     samples = [sample for _, batch in updates for sample in batch.samples.tolist()][: 3 * TRAIN]
     epochs = [samples[start : start + TRAIN] for start in range(0, 3 * TRAIN, TRAIN)]
     assert all(sorted(epoch) == list(range(TRAIN)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_grouped_by_length_a_batch_is_of_like_lengths_and_batches_come_in_no_order(data: TaskData) -> None:
+    def lengths(grouped: bool) -> list[torch.Tensor]:
+        """Of each batch of two epochs."""
+        updates = stream(data, grouped=grouped, global_batch=4).updates(0, 2 * TRAIN // 4)
+        return [batch.attention_mask.sum(dim=1) for _, batch in updates]
+
+    def spread(batches: list[torch.Tensor]) -> int:
+        return sum(int(lengths_B.max() - lengths_B.min()) for lengths_B in batches)
+
+    apart, together = lengths(False), lengths(True)
+    assert spread(together) < spread(apart) / 3
+    longest = [int(lengths_B.max()) for lengths_B in together]
+    assert longest != sorted(longest, reverse=True) and longest != sorted(longest)
 
 
 def test_the_order_depends_on_the_seed_and_not_on_the_batch_size(data: TaskData) -> None:
