@@ -82,6 +82,7 @@ def _summary(training: Training) -> RunSummary:
         prunes=metrics.prunes,
         seconds=metrics.seconds,
         tokens_per_second=metrics.tokens_per_second,
+        flops=metrics.work.flops,
         peak_memory_bytes=max(ranks.gather(peak_memory_bytes())),
         resumed_from=training.start or None,
     )

@@ -15,9 +15,10 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -40,11 +41,15 @@ SPIKE_FACTOR, SPIKE_POINTS = 2.0, 16
 Scalars = Mapping[str, float]
 
 
-class Work(NamedTuple):
+@dataclass(frozen=True)
+class Work:
     """What an update takes, over all ranks; only useful arithmetic counts."""
 
     tokens: int
     flops: float
+
+    def __add__(self, more: Work) -> Work:
+        return Work(self.tokens + more.tokens, self.flops + more.flops)
 
 
 class Progress(BaseModel):
@@ -54,6 +59,7 @@ class Progress(BaseModel):
 
     seconds: float = 0.0
     tokens: int = 0
+    flops: float = 0.0
     prunes: int = 0
     skipped_in_a_row: int = 0
 
@@ -81,7 +87,7 @@ class Metrics:
         self._run, self._ranks, self._peak_flops, self.start = run, ranks, peak_flops, start
         self._clock = _Clock(progress.seconds)
         self._window = _Window()
-        self._tokens = progress.tokens
+        self.work = Work(progress.tokens, progress.flops)
         self._faint_terms: set[str] = set()
         self._totals: deque[float] = deque(maxlen=SPIKE_POINTS)
         self._exits = ExitStack()
@@ -118,7 +124,7 @@ class Metrics:
         update's. gradient_norm: before clipping. bad_shards: replaced so far.
         """
         self._window.add(losses, work)
-        self._tokens += work.tokens
+        self.work += work
         self._bar.update()
         if update % self._run.run.log_every and update != self._run.run.updates:
             return
@@ -128,6 +134,8 @@ class Metrics:
             **loss_scalars(self._loss_weights, means),
             "speed/tokens_per_second": self._window.work.tokens / seconds,
             "speed/utilisation": self._window.work.flops / seconds / (self._peak_flops * self._ranks.world_size),
+            "work/tokens": float(self.work.tokens),
+            "work/flops": self.work.flops,
             "memory/peak_bytes": float(peak_memory_bytes()),
             "optimizer/learning_rate": learning_rate,
             "data/bad_shards": float(bad_shards),
@@ -181,7 +189,7 @@ class Metrics:
     @property
     def progress(self) -> Progress:
         """What a later process goes on counting from."""
-        return Progress(seconds=self.seconds, tokens=self._tokens, prunes=self.prunes)
+        return Progress(seconds=self.seconds, tokens=self.work.tokens, flops=self.work.flops, prunes=self.prunes)
 
     def checkpointed(self, update: int, held_seconds: float) -> None:
         """Log how long a checkpoint held up the training."""
@@ -195,7 +203,7 @@ class Metrics:
     @property
     def tokens_per_second(self) -> float:
         """Over the whole run so far, pauses left out."""
-        return self._tokens / max(self._clock.seconds, 1e-9)
+        return self.work.tokens / max(self._clock.seconds, 1e-9)
 
     def _write(self, update: int, scalars: Scalars) -> None:
         if self._ranks.is_first:
@@ -278,7 +286,7 @@ class _Window:
 
     def add(self, losses: Mapping[str, Tensor], work: Work) -> None:
         self._updates += 1
-        self.work = Work(self.work.tokens + work.tokens, self.work.flops + work.flops)
+        self.work += work
         for name, loss in losses.items():
             loss = loss.detach().float()
             self._sums[name] = self._sums[name] + loss if name in self._sums else loss

@@ -63,6 +63,8 @@ class RunSummary(Figures):
     """Of training, validation left out."""
     tokens_per_second: float
     """Of training, over all ranks."""
+    flops: float
+    """Useful arithmetic of training: forward and backward of the student, forward of the teacher."""
     peak_memory_bytes: int
     """Of the rank that needed most."""
     resumed_from: int | None = None

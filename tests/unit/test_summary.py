@@ -30,13 +30,14 @@ FIGURES: dict[str, Any] = {
     "prunes": 4,
     "seconds": 61.5,
     "tokens_per_second": 5_000.0,
+    "flops": 1.5e12,
     "peak_memory_bytes": 1 << 30,
 }
 
 PROMISED = (
     "recipe steps world_size zero_stage seed teacher.parameters student.parameters student.shape "
     "validation.teacher.mlm_loss validation.teacher.mlm_accuracy validation.student.mlm_loss "
-    "validation.student.mlm_accuracy validation.kl prunes seconds tokens_per_second peak_memory_bytes resumed_from "
+    "validation.student.mlm_accuracy validation.kl prunes seconds tokens_per_second flops peak_memory_bytes resumed_from "
     "exit_status validation.unigram.mlm_loss validation.unigram.mlm_accuracy"
 )
 
