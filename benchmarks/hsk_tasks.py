@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.intervals import interval, spread
 from benchmarks.steps import Step, carry_out, circumstances, is_done
-from benchmarks.ted_tasks import SETTINGS, interval, spread, summaries
+from benchmarks.ted_tasks import SETTINGS, summaries
 from homodistil.tasks import TASKS
 
 TASKS_HERE = {"mrpc": 3, "sst2": 2}

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from math import sqrt
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import t as student_t
 
+from benchmarks.intervals import difference, spread
 from benchmarks.steps import Step, carry_out, circumstances, is_done
 from homodistil.tasks import TASKS
 
@@ -148,12 +146,6 @@ def _figures(task: str, summary: Path) -> dict[str, float]:
     return {key: validation["student"][key] for key in (*TASKS[task].metrics, "task_loss")} | distance
 
 
-def interval(differences: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval by Student's t."""
-    count = len(differences)
-    return mean(differences), float(student_t.ppf(0.975, count - 1)) * stdev(differences) / sqrt(count)
-
-
 def show(rows: dict[str, Any]) -> None:
     """Means and deviations, then paired differences, of the headline metric and of the development loss."""
     console = Console(width=150)
@@ -170,23 +162,9 @@ def show(rows: dict[str, Any]) -> None:
             cells = []
             for key in (metric, "task_loss", "kl"):
                 both = sorted(row[better].keys() & row[other].keys())
-                cells.append(_difference([row[better][seed][key] - row[other][seed][key] for seed in both]))
+                cells.append(difference([row[better][seed][key] - row[other][seed][key] for seed in both]))
             table.add_row(f"{better} - {other}", *cells)
         console.print(table)
-
-
-def _difference(differences: list[float]) -> str:
-    if len(differences) < 2:
-        return "too few seeds"
-    center, half = interval(differences)
-    return f"{center:+.4f} ± {half:.4f} ({len(differences)})"
-
-
-def spread(values: list[float]) -> str:
-    """Mean and, of several, deviation."""
-    if not values:
-        return ""
-    return f"{mean(values):.4f}" + (f" ({stdev(values):.4f})" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,162 @@
+"""What the three papers claim, asked of runs that anyone can make: python -m benchmarks.studies core
+
+    core        HomoDistil against pruning once and against random weights, at equal updates and at equal FLOPs;
+                schedules; metrics; aligners. Three seeds.
+    ablations   how many prunes, until when, which terms, smoothing. One seed.
+    combined    HomoDistil with TED's filters, from a cache of a small share of the knowledge, with both. Three seeds.
+    finetuned   core's students on SST-2, MRPC, CoLA, RTE and a part of SQuAD.
+
+Teacher ../shared/teacher/minilm-l6-mlm, 384 hidden; students a quarter as wide: 96 hidden (12 heads of 8), FFN 384.
+Every arm of core is run at every rate of one grid with the first seed; the others are run at the rate that was best for
+it, those of the other studies at HomoDistil's. A finished run is a row of docs/experiments/studies_SIZE.json and is
+not run again, so a study may be interrupted at any moment. Build the shards first, as the recipe minilm_real says.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.intervals import difference, spread
+from benchmarks.steps import Step, carry_out, circumstances, is_done
+from benchmarks.study_runs import MEASURES, MORE_SEEDS, RATES, RESULTS, SEEDS, SIZES, STUDIES, WIDTHS, Bench, Run
+from homodistil.tasks import TASKS
+
+TASK_STARTS = ("homodistil", "one_shot", "random_start")
+TASK_FOLDERS = {"sst2": "glue/SST-2", "mrpc": "glue/MRPC", "cola": "glue/CoLA", "rte": "glue/RTE", "squad": "squad"}
+TASK_EPOCHS = {"sst2": 2, "mrpc": 3, "cola": 3, "rte": 3, "squad": 1}
+TASK_RATES = ("1e-4", "3e-4")
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=[*STUDIES, "finetuned"])
+    parser.add_argument("--size", choices=list(SIZES), default="small", help="small: two hours of two cores; full: GPU")
+    parser.add_argument("--extended", action="store_true", help="students of other widths and two more seeds")
+    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="where teacher/ and data/ are")
+    parser.add_argument("--shards", type=Path, default=Path("data/wiki_books"))
+    parser.add_argument("--parallel", type=int, default=2, help="processes at a time")
+    options = parser.parse_args()
+    if not (options.shards / "index.json").is_file():
+        parser.error(f"--shards {options.shards}: there are none. Build them first, as the recipe minilm_real says.")
+    for width in WIDTHS if options.extended else WIDTHS[:1]:
+        bench = Bench(options.size, width, options.shared, options.shards, options.parallel)
+        seeds = SEEDS + MORE_SEEDS if options.extended else SEEDS
+        (finetune if options.study == "finetuned" else pretrain)(bench, options.study, seeds)
+
+
+def pretrain(bench: Bench, name: str, seeds: Sequence[int]) -> None:
+    """A study's runs, its tables and its figure."""
+    study = STUDIES[name]
+    seeds = seeds if study.repeated else seeds[:1]
+    arms = list(dict.fromkeys(arm for group in study.groups.values() for arm in group))
+    at_equal_updates = [arm for arm in arms if not arm.endswith("+")]
+    graded = at_equal_updates if study.own_rates else ["homodistil"]
+    bench.finish([Run(arm, rate, SEEDS[0]) for arm in graded for rate in RATES], "every rate")
+    bench.finish([bench.best(arm, seed) for arm in at_equal_updates for seed in seeds], "every seed")
+    bench.finish([bench.best(arm, seed) for arm in arms for seed in seeds], "equal FLOPs")
+    groups = {title: {arm: bench.found(arm, seeds) for arm in group} for title, group in study.groups.items()}
+    for title, arms_of_group in groups.items():
+        show(f"{name}, {title}: {bench.width} hidden", arms_of_group)
+    draw(groups).savefig(RESULTS / f"studies_{bench.name}_{name}.png", dpi=150)
+
+
+def show(title: str, arms: dict[str, list[dict[str, Any]]]) -> None:
+    """Means and deviations, and what an arm has more than the first, seed by seed."""
+    console, (first, *_) = Console(width=170), arms
+    table = Table("arm", "rate", "seeds", "updates", "TFLOP", *MEASURES.values(), "largest jump", "KL - first's",
+                  "MLM loss - first's", title=title)  # fmt: skip
+    for arm, rows in arms.items():
+        if not rows:
+            continue
+        jumps = [row["largest_jump"] for row in rows if row["largest_jump"] is not None]
+        cells = [rows[0]["rate"], str(len(rows)), f"{rows[0]['updates']:,}", f"{rows[0]['flops'] / 1e12:,.1f}"]
+        cells += [spread([row[key] for row in rows]) for key in MEASURES] + [spread(jumps)]
+        pairs = list(zip(rows, arms[first], strict=False))
+        cells += [difference([a[key] - b[key] for a, b in pairs]) if arm != first else "" for key in list(MEASURES)[:2]]
+        table.add_row(arm, *cells)
+    console.print(table)
+
+
+def draw(groups: dict[str, dict[str, list[dict[str, Any]]]]) -> Figure:
+    """KL to the teacher over updates, means of the seeds; a dot for where each seed ended."""
+    figure = Figure(figsize=(4.5 * len(groups), 4), layout="constrained")
+    for panel, (title, arms) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
+        for arm, rows in arms.items():
+            if rows:
+                curves = [{int(update): kl for update, kl in row["curve"].items() if kl > 0} for row in rows]
+                heights = [mean(curve[update] for curve in curves) for update in curves[0]]
+                (line,) = panel.plot(list(curves[0]), heights, label=arm)
+                panel.plot([rows[0]["updates"]] * len(rows), [row["kl"] for row in rows], ".", color=line.get_color())
+        panel.set(title=title, xlabel="updates", ylabel="KL to the teacher, nats a masked position", yscale="log")
+        panel.legend(fontsize=8)
+    return figure
+
+
+def finetune(bench: Bench, study: str, seeds: Sequence[int]) -> None:
+    """The students of core on tasks, every student at every rate; an arm is judged at the rate best for its mean."""
+    file = RESULTS / f"studies_{bench.name}_{study}.json"
+    rows: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    trained, results = [], {}
+    for task, arm, seed, rate in product(TASK_EPOCHS, TASK_STARTS, seeds, TASK_RATES):
+        name = "-".join((task, arm, rate, str(seed)))
+        if name not in rows:
+            student = bench.best(arm, seed)
+            step = task_step(bench, task, name, student, rate)
+            trained += [*bench.steps(student), step]
+            results[name] = {"task": task, "arm": arm, "rate": rate, "seed": seed}, step.result
+    try:
+        carry_out(list({step.name: step for step in trained}.values()), bench.folder / "logs", bench.parallel, study)
+    finally:
+        for name, (row, result) in results.items():
+            if is_done(result):
+                student_figures = json.loads(result.read_text(encoding="utf-8"))["validation"]["student"]
+                rows[name] = row | student_figures | circumstances()
+        file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    show_tasks(list(rows.values()), seeds)
+
+
+def task_step(bench: Bench, task: str, name: str, student: Run, rate: str) -> Step:
+    flags = ["--recipe", "finetune", "--student.path", str(bench.folder / student.name / "student")]
+    flags += ["--task.name", task, "--task.path", str(bench.shared / "data" / TASK_FOLDERS[task])]
+    flags += ["--task.epochs", str(TASK_EPOCHS[task]), "--optimizer.learning_rate", rate, "--seeds", str(student.seed)]
+    flags += ["--run.directory", str(bench.folder / "tasks"), "--run.name", name, "--checkpoint.every", "100000"]
+    flags += ["--task.group_by_length", "true", "--validation.every", "100000"]
+    flags += ["--task.train_examples", "10000"] if task == "sst2" else []
+    result = bench.folder / "tasks" / name / f"seed_{student.seed}/summary.json"
+    return Step(name, "finetune", flags, result, (student.name,))
+
+
+def show_tasks(rows: list[dict[str, Any]], seeds: Sequence[int]) -> None:
+    """Each arm at its best rate, and what it has more than HomoDistil, seed by seed."""
+    table = Table("task", "metric", "arm", "rate", "seeds", "metric, mean", "- homodistil's")
+    for task in TASK_EPOCHS:
+        metric = TASKS[task].metrics[0]
+        chosen: dict[str, dict[int, float]] = {}
+        for arm in TASK_STARTS:
+            by_rate: dict[str, dict[int, float]] = {}
+            for row in rows:
+                if (row["task"], row["arm"]) == (task, arm) and row["seed"] in seeds:
+                    by_rate.setdefault(row["rate"], {})[row["seed"]] = row[metric]
+            if not by_rate:
+                continue
+            rate = max(by_rate, key=lambda rate: mean(by_rate[rate].values()))
+            chosen[arm] = by_rate[rate]
+            both = sorted(chosen[arm].keys() & chosen.get(TASK_STARTS[0], {}).keys())
+            paired = [chosen[arm][seed] - chosen[TASK_STARTS[0]][seed] for seed in both]
+            compared = difference(paired) if arm != TASK_STARTS[0] else ""
+            table.add_row(task, metric, arm, rate, str(len(chosen[arm])), spread(list(chosen[arm].values())), compared)
+    Console(width=150).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""The runs of benchmarks/studies.py: what each arm changes, its rate and its length, and what is kept of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.steps import Step, carry_out, circumstances, is_done
+
+RUNS, RESULTS = Path("runs/studies"), Path("docs/experiments")
+SEEDS = (1, 2, 3)
+MORE_SEEDS = (4, 5)
+"""Besides, where a study is extended."""
+RATES = ("1e-3", "2e-3", "4e-3")
+HEADS = 12
+MEASURES = {"kl": "KL", "mlm_loss": "MLM loss", "mlm_accuracy": "accuracy"}
+
+
+class Size(NamedTuple):
+    """What an arm is granted."""
+
+    updates: int
+    sequences: int
+    """Of 128 tokens, an update."""
+    held_out: int
+
+
+SIZES = {"small": Size(200, 16, 192), "full": Size(3000, 256, 4096)}
+WIDTHS = (96, 192, 288)
+"""Hidden dimensions of a student, the first by default; heads and FFN in proportion."""
+
+ARMS: dict[str, list[str]] = {
+    "homodistil": [],
+    "one_shot": ["--pruning.schedule", "one_shot"],
+    "random_start": ["--student.init", "random"],
+    "linear": ["--pruning.schedule", "linear"],
+    "magnitude": ["--pruning.metric", "magnitude"],
+    "platon": ["--pruning.metric", "platon"],
+    "random_units": ["--pruning.metric", "random"],
+    "indexed": ["--objective.hidden.aligner", "indexed"],
+    **{f"prunes_{count}": ["--pruning.events", str(count)] for count in (1, 4, 8)},
+    **{f"until_{share}": ["--pruning.end", str(share / 100)] for share in (30, 50, 100)},
+    **{f"without_{term}": [f"--objective.{term}.weight", "0"] for term in ("task", "kl", "hidden", "attention")},
+    "unsmoothed": ["--pruning.smoothing_window", "1", "--pruning.smoothing_beta", "0"],
+}
+"""Arm -> what it changes in the recipe minilm_real. With `+` it has so many updates that its FLOPs are HomoDistil's."""
+COMBINED = {"filters": ("filters",), "cached": ("cache",), "filters_cached": ("filters", "cache")}
+"""Arm -> which of the other two methods it has; none compares attention, as none can from a cache."""
+SHARE = ["--knowledge.keep", "3l_32t_0.5h", "--data.maskings", "1", "--data.mask_seed", "0"]
+"""What a cache keeps: three of seven states, a quarter of the tokens, half of the units: 5 % of the hidden states."""
+
+
+class Study(NamedTuple):
+    """Arms that are compared, group by group, with the first of the group."""
+
+    groups: dict[str, tuple[str, ...]]
+    repeated: bool
+    """Whether every arm is run with several seeds."""
+    own_rates: bool
+    """Whether every arm has the rate that is best for it; else HomoDistil's."""
+
+
+STUDIES = {
+    "core": Study(
+        {
+            "start": ("homodistil", "one_shot", "random_start", "one_shot+", "random_start+"),
+            "schedule": ("homodistil", "linear", "one_shot"),
+            "metric": ("homodistil", "magnitude", "platon", "random_units"),
+            "aligner": ("homodistil", "indexed"),
+        },
+        repeated=True,
+        own_rates=True,
+    ),
+    "ablations": Study(
+        {
+            "prunes": ("homodistil", "prunes_1", "prunes_4", "prunes_8"),
+            "until": ("homodistil", "until_30", "until_50", "until_100"),
+            "terms": ("homodistil", "without_task", "without_kl", "without_hidden", "without_attention"),
+            "smoothing": ("homodistil", "unsmoothed"),
+        },
+        repeated=False,
+        own_rates=False,
+    ),
+    "combined": Study({"methods": ("without_attention", *COMBINED)}, repeated=True, own_rates=False),
+}
+
+
+class Run(NamedTuple):
+    """One training."""
+
+    arm: str
+    rate: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return "-".join(map(str, self))
+
+
+@dataclass
+class Bench:
+    """Where runs lie, how they are started, and what is known of those that ended."""
+
+    size: str
+    width: int
+    shared: Path
+    shards: Path
+    parallel: int
+
+    @cached_property
+    def rows(self) -> dict[str, Any]:
+        """Name of a run -> its figures."""
+        return json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
+
+    @property
+    def name(self) -> str:
+        return self.size if self.width == WIDTHS[0] else f"{self.size}_{self.width}"
+
+    @property
+    def file(self) -> Path:
+        return RESULTS / f"studies_{self.name}.json"
+
+    @property
+    def folder(self) -> Path:
+        return RUNS / self.name
+
+    def finish(self, runs: Iterable[Run], title: str) -> None:
+        """Run what is no row yet, and make rows of it."""
+        missing = [run for run in dict.fromkeys(runs) if run.name not in self.rows]
+        steps = list({step.name: step for run in missing for step in self.steps(run)}.values())
+        try:
+            carry_out(steps, self.folder / "logs", self.parallel, title)
+        finally:
+            for run in missing:
+                if is_done(summary := self.folder / run.name / "summary.json"):
+                    self.rows[run.name] = run._asdict() | _figures(summary) | circumstances()
+            self.save()
+
+    def found(self, arm: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
+        """Rows of an arm's seeds at its best rate, as far as there are."""
+        names = [self.best(arm, seed).name for seed in seeds]
+        return [self.rows[name] for name in names if name in self.rows]
+
+    def save(self) -> None:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        self.file.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
+
+    def steps(self, run: Run) -> list[Step]:
+        """The training, after what it needs."""
+        arm = run.arm.rstrip("+")
+        methods = COMBINED.get(arm, ())
+        flags = [*self.common(run.rate), "--run.updates", str(self.updates(run)), "--run.seed", str(run.seed)]
+        flags += ARMS["without_attention" if methods else arm]
+        prepared = []
+        if "filters" in methods:
+            prepared.append(self.filters())
+            flags += self.filtered
+        if "cache" in methods:
+            prepared.append(self.cache(methods))
+            flags += [*SHARE, "--cache.path", str(self.cache(methods).result.parent)]
+        needs = tuple(step.name for step in prepared)
+        flags += ["--run.name", run.name]
+        return [*prepared, Step(run.name, "pretrain", flags, self.folder / run.name / "summary.json", needs)]
+
+    def common(self, rate: str) -> list[str]:
+        """What all arms share."""
+        size = SIZES[self.size]
+        target = {"hidden": self.width, "head_width": self.width // HEADS, "ffn": 4 * self.width}
+        flags = ["--recipe", "minilm_real", "--run.directory", str(self.folder), "--data.shards", str(self.shards)]
+        flags += ["--teacher.path", str(self.shared / "teacher/minilm-l6-mlm"), "--optimizer.learning_rate", rate]
+        flags += [word for key, value in target.items() for word in (f"--pruning.target.{key}", str(value))]
+        flags += ["--data.global_batch", str(size.sequences), "--data.micro_batch", str(min(64, size.sequences))]
+        flags += ["--data.lanes", "16", "--pruning.start", "0.1", "--validation.sequences", str(size.held_out)]
+        return [*flags, "--validation.every", str(size.updates // 4), "--checkpoint.every", "100000"]
+
+    def updates(self, run: Run) -> int:
+        """Those of the size; of an arm with `+`, more."""
+        updates = SIZES[self.size].updates
+        if not run.arm.endswith("+"):
+            return updates
+        dear, cheap = (self.rows[self.best(arm, SEEDS[0]).name] for arm in ("homodistil", run.arm.rstrip("+")))
+        return round(updates * dear["flops"] / cheap["flops"])
+
+    def best(self, arm: str, seed: int) -> Run:
+        """An arm's run of a seed, at the rate at which its first seed ended nearest to the teacher."""
+        graded = [row for row in self.rows.values() if (row["arm"], row["seed"]) == (arm.rstrip("+"), SEEDS[0])]
+        if len(graded) < len(RATES):
+            return Run(arm, self.best("homodistil", seed).rate, seed)
+        return Run(arm, min(graded, key=lambda row: row["kl"])["rate"], seed)
+
+    @property
+    def filtered(self) -> list[str]:
+        """Flags of an arm with filters."""
+        folder = self.folder / "ted-teacher_filters/filters"
+        return ["--objective.hidden.aligner", "filter", "--teacher.filters", str(folder)]
+
+    def filters(self) -> Step:
+        """Stage I of TED: the teacher's filters. The student starts as the teacher, so it starts with them."""
+        flags = [*self.common("1e-3"), *ARMS["without_attention"], "--objective.hidden.aligner", "filter"]
+        flags += ["--of", "teacher", "--run.name", "ted", "--filters.init", "identity"]
+        flags += ["--filters.updates", str(SIZES[self.size].updates // 2)]
+        return Step("filters", "learn_filters", flags, self.folder / "ted-teacher_filters/summary.json")
+
+    def cache(self, methods: tuple[str, ...]) -> Step:
+        """The teacher's knowledge of what all seeds read; filtered, if there are filters."""
+        name = "-".join(methods)
+        folder = self.folder / "caches" / name
+        flags = [*self.common("1e-3"), *ARMS["without_attention"], *SHARE, "--cache.path", str(folder)]
+        flags += ["--run.updates", str(SIZES[self.size].updates), "--run.name", name]
+        flags += self.filtered if "filters" in methods else []
+        needs = ("filters",) if "filters" in methods else ()
+        return Step(f"cache of {name}", "cache_teacher", flags, folder / "manifest.json", needs)
+
+
+def _figures(summary: Path) -> dict[str, Any]:
+    """Of a finished run, with its held-out curve."""
+    found = json.loads(summary.read_text(encoding="utf-8"))
+    lines = (summary.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    points = [json.loads(line) for line in lines]
+    held_out = {point["update"]: point["validation/kl"] for point in points if "validation/kl" in point}
+    jumps = [point["pruning/prune_jump"] for point in points if "pruning/prune_jump" in point]
+    student = found["validation"]["student"]
+    return {
+        "updates": found["steps"],
+        "flops": found["flops"],
+        "seconds": round(found["seconds"]),
+        "parameters": found["student"]["parameters"],
+        "kl": found["validation"]["kl"],
+        "mlm_loss": student["mlm_loss"],
+        "mlm_accuracy": student["mlm_accuracy"],
+        "largest_jump": max(jumps, default=None),
+        "curve": held_out,
+    }
