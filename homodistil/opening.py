@@ -142,7 +142,9 @@ def open_stream(
     """The run's batches, in its own order. attach: what is done with each at last."""
     run = plan.run
     if isinstance(plan.source, TaskData):
-        return TaskStream(plan.source, run.data, run.run.seed, ranks, plan.family.causal, attach, run.task.group_by_length)
+        return TaskStream(
+            plan.source, run.data, run.run.seed, ranks, plan.family.causal, attach, run.task.group_by_length
+        )
     return Stream(run.data, run.run.seed, ranks, bad_shards, run.mask_seed, attach)
 
 

@@ -128,7 +128,8 @@ class TaskStream:
         group_by_length: bool = False,
     ):
         """last_token: the scored slot is an example's last token, for causal models. attach: what is done with a batch
-        at last. group_by_length: a global batch has examples of nearly equal lengths. Raises `ConfigError` for a global batch that the ranks cannot share."""
+        at last. group_by_length: a global batch has examples of nearly equal lengths. Raises `ConfigError` for a global
+        batch that the ranks cannot share."""
         micro_batch_size(config.global_batch, config.micro_batch, ranks.world_size)  # refuses what does not divide
         self._data, self._seed, self._ranks, self._last_token = data, seed, ranks, last_token
         self._global_batch, self._attach, self._group_by_length = config.global_batch, attach, group_by_length

@@ -37,8 +37,8 @@ FIGURES: dict[str, Any] = {
 PROMISED = (
     "recipe steps world_size zero_stage seed teacher.parameters student.parameters student.shape "
     "validation.teacher.mlm_loss validation.teacher.mlm_accuracy validation.student.mlm_loss "
-    "validation.student.mlm_accuracy validation.kl prunes seconds tokens_per_second flops peak_memory_bytes resumed_from "
-    "exit_status validation.unigram.mlm_loss validation.unigram.mlm_accuracy"
+    "validation.student.mlm_accuracy validation.kl prunes seconds tokens_per_second flops peak_memory_bytes "
+    "resumed_from exit_status validation.unigram.mlm_loss validation.unigram.mlm_accuracy"
 )
 
 
