@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 from pydantic_settings import CliImplicitFlag
@@ -19,7 +19,6 @@ from pydantic_settings import CliImplicitFlag
 from homodistil.config import Section, TaskConfig
 from homodistil.errors import ConfigError
 from homodistil.files import write_text_durably
-from homodistil.tasks import TaskName
 
 if TYPE_CHECKING:
     from homodistil.evaluation.scoring import Scores
@@ -161,12 +160,8 @@ def _benchmark(options: Evaluate) -> Scores:
     from homodistil.evaluation.tasks import evaluate_task, save_predictions
 
     data = options.data
-    config = TaskConfig(
-        name=cast(TaskName, options.task),
-        path=None if data.path is None else Path(data.path),
-        **({} if data.max_length is None else {"max_length": data.max_length}),
-        stride=data.stride,
-    )
+    given = {"max_length": data.max_length} if data.max_length is not None else {}
+    config = TaskConfig.model_validate({"name": options.task, "path": data.path, "stride": data.stride, **given})
     result = evaluate_task(options.model, config, options.micro_batch or 32, options.dtype)
     if options.predictions:
         save_predictions(result, options.predictions)
