@@ -16,9 +16,9 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def difference(differences: Sequence[float]) -> str:
-    """Of runs of the same seed: the mean with its interval, and how many there are."""
+    """Of runs of the same seed: the mean with its interval, and how many there are; of one, no interval."""
     if len(differences) < 2:
-        return "too few seeds"
+        return f"{differences[0]:+.4f} (1)" if differences else ""
     center, half = interval(differences)
     return f"{center:+.4f} ± {half:.4f} ({len(differences)})"
 

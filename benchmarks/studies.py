@@ -9,7 +9,11 @@
 Teacher ../shared/teacher/minilm-l6-mlm, 384 hidden; students a quarter as wide: 96 hidden (12 heads of 8), FFN 384.
 Every arm of core is run at every rate of one grid with the first seed; the others are run at the rate that was best for
 it, those of the other studies at HomoDistil's. A finished run is a row of docs/experiments/studies_SIZE.json and is
-not run again, so a study may be interrupted at any moment. Build the shards first, as the recipe minilm_real says.
+not run again, so a study may be interrupted at any moment. Build the shards first; a full study takes those of
+minilm_real:
+
+    python data_prep/build_shards.py --source ../shared/data/text/wikipedia --max_tokens 2000000 \\
+      --tokenizer ../shared/teacher/minilm-l6-mlm --output data/studies
 """
 
 from __future__ import annotations
@@ -34,6 +38,10 @@ from homodistil.tasks import TASKS
 TASK_STARTS = ("homodistil", "one_shot", "random_start")
 TASK_FOLDERS = {"sst2": "glue/SST-2", "mrpc": "glue/MRPC", "cola": "glue/CoLA", "rte": "glue/RTE", "squad": "squad"}
 TASK_EPOCHS = {"sst2": 2, "mrpc": 3, "cola": 3, "rte": 3, "squad": 1}
+TASK_FLAGS = {
+    "sst2": ["--task.train_examples", "10000"],
+    "squad": ["--task.train_examples", "4000", "--task.max_length", "256", "--validation.sequences", "1000"],
+}
 TASK_RATES = ("1e-4", "3e-4")
 
 
@@ -43,11 +51,11 @@ def main() -> None:
     parser.add_argument("--size", choices=list(SIZES), default="small", help="small: two hours of two cores; full: GPU")
     parser.add_argument("--extended", action="store_true", help="students of other widths and two more seeds")
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="where teacher/ and data/ are")
-    parser.add_argument("--shards", type=Path, default=Path("data/wiki_books"))
+    parser.add_argument("--shards", type=Path, default=Path("data/studies"))
     parser.add_argument("--parallel", type=int, default=2, help="processes at a time")
     options = parser.parse_args()
     if not (options.shards / "index.json").is_file():
-        parser.error(f"--shards {options.shards}: there are none. Build them first, as the recipe minilm_real says.")
+        parser.error(f"--shards {options.shards}: there are none. --help says how to build them.")
     for width in WIDTHS if options.extended else WIDTHS[:1]:
         bench = Bench(options.size, width, options.shared, options.shards, options.parallel)
         seeds = SEEDS + MORE_SEEDS if options.extended else SEEDS
@@ -70,29 +78,33 @@ def pretrain(bench: Bench, name: str, seeds: Sequence[int]) -> None:
     draw(groups).savefig(RESULTS / f"studies_{bench.name}_{name}.png", dpi=150)
 
 
-def show(title: str, arms: dict[str, list[dict[str, Any]]]) -> None:
+Seeds = dict[int, dict[str, Any]]
+"""Rows of an arm's seeds."""
+
+
+def show(title: str, arms: dict[str, Seeds]) -> None:
     """Means and deviations, and what an arm has more than the first, seed by seed."""
     console, (first, *_) = Console(width=170), arms
     table = Table("arm", "rate", "seeds", "updates", "TFLOP", *MEASURES.values(), "largest jump", "KL - first's",
                   "MLM loss - first's", title=title)  # fmt: skip
-    for arm, rows in arms.items():
-        if not rows:
+    for arm, seeds in arms.items():
+        if not (rows := list(seeds.values())):
             continue
         jumps = [row["largest_jump"] for row in rows if row["largest_jump"] is not None]
         cells = [rows[0]["rate"], str(len(rows)), f"{rows[0]['updates']:,}", f"{rows[0]['flops'] / 1e12:,.1f}"]
         cells += [spread([row[key] for row in rows]) for key in MEASURES] + [spread(jumps)]
-        pairs = list(zip(rows, arms[first], strict=False))
-        cells += [difference([a[key] - b[key] for a, b in pairs]) if arm != first else "" for key in list(MEASURES)[:2]]
+        both = seeds.keys() & arms[first].keys() if arm != first else []
+        cells += [difference([seeds[n][key] - arms[first][n][key] for n in both]) for key in list(MEASURES)[:2]]
         table.add_row(arm, *cells)
     console.print(table)
 
 
-def draw(groups: dict[str, dict[str, list[dict[str, Any]]]]) -> Figure:
+def draw(groups: dict[str, dict[str, Seeds]]) -> Figure:
     """KL to the teacher over updates, means of the seeds; a dot for where each seed ended."""
     figure = Figure(figsize=(4.5 * len(groups), 4), layout="constrained")
     for panel, (title, arms) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
-        for arm, rows in arms.items():
-            if rows:
+        for arm, seeds in arms.items():
+            if rows := list(seeds.values()):
                 curves = [{int(update): kl for update, kl in row["curve"].items() if kl > 0} for row in rows]
                 heights = [mean(curve[update] for curve in curves) for update in curves[0]]
                 (line,) = panel.plot(list(curves[0]), heights, label=arm)
@@ -131,7 +143,7 @@ def task_step(bench: Bench, task: str, name: str, student: Run, rate: str) -> St
     flags += ["--task.epochs", str(TASK_EPOCHS[task]), "--optimizer.learning_rate", rate, "--seeds", str(student.seed)]
     flags += ["--run.directory", str(bench.folder / "tasks"), "--run.name", name, "--checkpoint.every", "100000"]
     flags += ["--task.group_by_length", "true", "--validation.every", "100000"]
-    flags += ["--task.train_examples", "10000"] if task == "sst2" else []
+    flags += TASK_FLAGS.get(task, [])
     result = bench.folder / "tasks" / name / f"seed_{student.seed}/summary.json"
     return Step(name, "finetune", flags, result, (student.name,))
 

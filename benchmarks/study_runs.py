@@ -140,10 +140,10 @@ class Bench:
                     self.rows[run.name] = run._asdict() | _figures(summary) | circumstances()
             self.save()
 
-    def found(self, arm: str, seeds: Sequence[int]) -> list[dict[str, Any]]:
-        """Rows of an arm's seeds at its best rate, as far as there are."""
-        names = [self.best(arm, seed).name for seed in seeds]
-        return [self.rows[name] for name in names if name in self.rows]
+    def found(self, arm: str, seeds: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """Seed -> its row at the arm's best rate, as far as there are."""
+        runs = [self.best(arm, seed) for seed in seeds]
+        return {run.seed: self.rows[run.name] for run in runs if run.name in self.rows}
 
     def save(self) -> None:
         RESULTS.mkdir(parents=True, exist_ok=True)
@@ -186,11 +186,13 @@ class Bench:
         return round(updates * dear["flops"] / cheap["flops"])
 
     def best(self, arm: str, seed: int) -> Run:
-        """An arm's run of a seed, at the rate at which its first seed ended nearest to the teacher."""
-        graded = [row for row in self.rows.values() if (row["arm"], row["seed"]) == (arm.rstrip("+"), SEEDS[0])]
-        if len(graded) < len(RATES):
-            return Run(arm, self.best("homodistil", seed).rate, seed)
-        return Run(arm, min(graded, key=lambda row: row["kl"])["rate"], seed)
+        """An arm's run of a seed, at the rate at which its first seed ended nearest to the teacher; of an arm that was
+        not run at every rate, at HomoDistil's."""
+        for graded in (arm.rstrip("+"), "homodistil"):
+            rows = [row for row in self.rows.values() if (row["arm"], row["seed"]) == (graded, SEEDS[0])]
+            if len(rows) == len(RATES):
+                return Run(arm, min(rows, key=lambda row: row["kl"])["rate"], seed)
+        raise SystemExit(f"{self.file} has no run of HomoDistil at every rate yet: begin with the study core.")
 
     @property
     def filtered(self) -> list[str]:

@@ -3,9 +3,8 @@ that show what belongs together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from homodistil.report.figures import Picture
 from homodistil.report.history import History
@@ -37,14 +36,6 @@ def show_on_board(run_directory: Path, run: History, pictures: Sequence[Picture]
         board.add_text("summary", summary, run.last_update)
         board.add_custom_scalars(CHARTS)
         outcomes = {tag: value for tag in OUTCOMES if (value := run.last(tag)) is not None}
-        for part in hparams(dict(_flat(run.settings)), outcomes):
+        settings = {k: value for k, value in run.flat_settings.items() if isinstance(value, str | bool | int | float)}
+        for part in hparams(settings, outcomes):
             board.file_writer.add_summary(part)
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str | float | bool]]:
-    """Dotted keys of the settings that are one value."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, str | bool | int | float):
-            yield f"{prefix}{key}", value

@@ -18,9 +18,16 @@ KL = "validation/kl"
 GREY, WIDTH_INCHES = "#999999", 7.0
 COLORS = colormaps["tab10"].colors  # type: ignore[attr-defined]
 SHAPE = {"hidden": "-", "ffn": ":", "heads": "--", "head_width": "-."}
+PRUNE_KL = ("pruning/kl_before", "pruning/kl_after")
+TERMS = {
+    "task": "cross-entropy with the true words or labels, nats",
+    "kl": "distance from the teacher's predictions, softened, nats",
+    "hidden": "squared distance from the teacher's hidden states",
+    "attention": "squared distance from the teacher's attention scores",
+}
 WORKINGS = {
     "speed/tokens_per_second": "training tokens a second, all ranks",
-    "memory/peak_bytes": "peak memory of rank 0, GiB",
+    "memory/peak_bytes": "most memory of rank 0 so far, GiB",
     "optimizer/gradient_norm": "gradient norm before clipping",
     "optimizer/learning_rate": "learning rate",
 }
@@ -49,57 +56,71 @@ def of_log(runs: Sequence[History]) -> Iterator[Picture]:
 
 def discrepancy(runs: Sequence[History]) -> Picture | None:
     """The papers' figure 2: KL above, the ladder beneath."""
-    tags = [KL, JUMP, "shape/hidden", "shape/ffn"]
+    tags = [KL, *PRUNE_KL, JUMP, "shape/hidden", "shape/ffn"]
     if not any(KL in run.curves for run in runs):
         return None
     figure, (top, bottom) = stacked(2, [3, 2])
+    ceiling = _ceiling(runs)
     for run, color in zip(runs, _colors(), strict=False):
-        curve, jumps = run.curves.get(KL, Curve()), run.curves.get(JUMP, Curve())
+        curve = run.curves.get(KL, Curve())
         top.plot(curve.updates, curve.values, "o-", color=color, markersize=3, label=run.name)
-        top.vlines(jumps.updates, 0, jumps.values, color=color if len(runs) > 1 else GREY, alpha=0.6)
-        for tag, style in (("shape/hidden", "-"), ("shape/ffn", ":")):
-            _stairs(bottom, run, tag, color, style, tag.removeprefix("shape/") if run is runs[0] else None)
+        _prunes(top, run, color, ceiling)
+        _stairs(bottom, run, ("shape/hidden", "shape/ffn"), color, len(runs) == 1)
     top.set_ylabel("KL(teacher || student), nats")
+    top.set_ylim(0, ceiling or None)
     bottom.set(ylabel="width / first", xlabel="update")
     bottom.set_ylim(bottom=0)
+    _styles(bottom, runs, ("hidden", "ffn"))
     caption = (
         "How far the student's predictions are from the teacher's on text held out from training: 0 is the teacher "
-        "itself. Vertical bars: the jump that a prune alone caused, on one held-out batch. Beneath: what is left of "
-        "the widths. A good run climbs little at each step and comes down again before the next."
+        "itself. Dots: all of that text. Thin, upright: one batch of it just before and just after each prune, so what "
+        "the prune alone did; slanted between two prunes: what training then won back. A bar that leaves the picture "
+        "has its upper end written on it. Beneath: what is left of the widths."
     )
     return _picture("discrepancy", "Distance from the teacher", caption, figure, runs, tags)
 
 
 def held_out(runs: Sequence[History]) -> Picture | None:
-    """Student and teacher on held-out examples."""
+    """Student, teacher and a guess on held-out examples."""
     if not any("validation/student_loss" in run.curves for run in runs):
         return None
     figure, (top, bottom) = stacked(2, [1, 1])
     for run, color in zip(runs, _colors(), strict=False):
-        for axes, what in ((top, "loss"), (bottom, "accuracy")):
-            student, teacher = (run.curves.get(f"validation/{who}_{what}", Curve()) for who in ("student", "teacher"))
-            axes.plot(student.updates, student.values, "o-", color=color, markersize=3, label=run.name)
-            axes.plot(teacher.updates, teacher.values, "--", color=color, alpha=0.6)
+        for axes, what, scale in ((top, "loss", 1), (bottom, "accuracy", 100)):
+            for who, style, shade in (("student", "o-", color), ("teacher", "--", GREY)):
+                curve = run.curves.get(f"validation/{who}_{what}", Curve())
+                label = {"student": run.name, "teacher": "teacher" if run is runs[0] else None}[who]
+                values = [scale * value for value in curve.values]
+                axes.plot(curve.updates, values, style, color=shade, markersize=3, label=label if values else None)
+            if (guess := _guess(run, what)) is not None and run is runs[0]:
+                axes.axhline(scale * guess, color=GREY, linestyle=":", label="unigram guess")
     top.set_ylabel("loss, nats a slot")
-    bottom.set(ylabel="accuracy", xlabel="update")
-    caption = "Loss and accuracy on held-out examples; dashed: the teacher's on the same ones."
+    bottom.set(ylabel="accuracy, %", xlabel="update")
+    caption = (
+        "On held-out examples, the same at every look. A unigram guess knows how frequent words are and nothing else: "
+        "a student's way is from there to its teacher. The axes do not begin at 0."
+    )
     tags = [f"validation/{who}_{what}" for who in ("student", "teacher") for what in ("loss", "accuracy")]
     return _picture("held_out", "Held-out loss and accuracy", caption, figure, runs, tags)
 
 
 def losses(runs: Sequence[History]) -> Picture | None:
-    """Every term of the training loss, a panel a run."""
-    shown = [run for run in runs if _terms(run)]
-    if not shown:
+    """The training loss, a panel a term."""
+    tags = list(dict.fromkeys(tag for run in runs for tag in _terms(run)))
+    if not tags:
         return None
-    figure, panels = stacked(len(shown), [1] * len(shown))
-    for axes, run in zip(panels, shown, strict=True):
-        for tag in _terms(run):
-            axes.plot(run.curves[tag].updates, run.curves[tag].values, label=tag.removeprefix("loss/"))
-        axes.set(yscale="log", ylabel=f"{run.name}\nunweighted" if len(shown) > 1 else "unweighted")
+    figure, panels = stacked(len(tags), [1] * len(tags), inches=1.4)
+    for axes, tag in zip(panels, tags, strict=True):
+        for run, color in zip(runs, _colors(), strict=False):
+            curve = run.curves.get(tag, Curve())
+            axes.plot(curve.updates, curve.values, color=color, label=run.name if axes is panels[0] else None)
+        name = tag.removeprefix("loss/")
+        axes.set_title(f"{name}: {TERMS[name]}" if name in TERMS else name, fontsize="small", loc="left")
     panels[-1].set_xlabel("update")
-    caption = "The terms of the training loss, before their weights, averaged over the updates between two points."
-    tags = list(dict.fromkeys(tag for run in shown for tag in _terms(run)))
+    caption = (
+        "The terms of the training loss, before their weights, averaged over the updates between two points. Steps up "
+        "are prunes; the axes do not begin at 0."
+    )
     return _picture("losses", "Training loss, term by term", caption, figure, runs, tags)
 
 
@@ -110,14 +131,14 @@ def widths(runs: Sequence[History]) -> Picture | None:
         return None
     figure, (top, bottom) = stacked(2, [1, 1])
     for run, color in zip(runs, _colors(), strict=False):
-        for name, style in SHAPE.items():
-            label = f"{name} {_ends(run, f'shape/{name}')}" if len(runs) == 1 else None
-            _stairs(top, run, f"shape/{name}", color, style, label or (name if run is runs[0] else None))
-        _stairs(bottom, run, "shape/parameters", color, "-", f"{run.name}: {_ends(run, 'shape/parameters')}")
+        _stairs(top, run, [f"shape/{name}" for name in SHAPE], color, len(runs) == 1)
+        _stairs(bottom, run, ["shape/parameters"], color, named=False)
+        bottom.plot([], color=color, label=f"{run.name}: {_ends(run, 'shape/parameters')}")
     top.set_ylabel("units / first")
     bottom.set(ylabel="parameters / first", xlabel="update")
     for axes in (top, bottom):
         axes.set_ylim(bottom=0)
+    _styles(top, runs, tuple(SHAPE))
     caption = (
         "What is left of each kind of unit: dimensions of the residual stream (hidden), neurons of the feed-forward "
         "layers (ffn), attention heads, and dimensions of a head; and of all parameters."
@@ -135,11 +156,15 @@ def workings(runs: Sequence[History]) -> Picture | None:
         scale = 2**30 if tag == "memory/peak_bytes" else 1
         for run, color in zip(runs, _colors(), strict=False):
             curve = run.curves.get(tag, Curve())
-            axes.plot(curve.updates, [value / scale for value in curve.values], color=color, label=run.name)
+            label = run.name if axes is panels[0] else None
+            axes.plot(curve.updates, [value / scale for value in curve.values], color=color, label=label)
         axes.set_title(WORKINGS[tag], fontsize="small", loc="left")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     panels[-1].set_xlabel("update")
-    caption = "Speed without validation and checkpoints; it grows as the student shrinks."
+    caption = (
+        "Speed without validation and checkpoints: a training step of the student with its teacher's forward pass. "
+        "Other work on the machine shows in it."
+    )
     return _picture("workings", "Speed, memory, gradients", caption, figure, runs, tags)
 
 
@@ -178,12 +203,52 @@ def _terms(run: History) -> list[str]:
     ]
 
 
-def _stairs(axes: Axes, run: History, tag: str, color: object, style: str, label: str | None) -> None:
-    """A width over updates, relative to the first, up to the run's last update."""
-    if curve := run.curves.get(tag):
-        relative = [value / curve.values[0] for value in [*curve.values, curve.values[-1]]]
-        updates = [*curve.updates, run.last_update]
-        axes.step(updates, relative, style, where="post", color=color, label=label)
+def _ceiling(runs: Sequence[History]) -> float:
+    """Above every point but those of jumps that would press all others flat."""
+    most, jumped = (
+        max((value for run in runs for tag in tags for value in run.curves.get(tag, Curve()).values), default=0.0)
+        for tags in ((KL,), (KL, *PRUNE_KL))
+    )
+    return 1.05 * min(jumped, 2.5 * most)
+
+
+def _prunes(axes: Axes, run: History, color: object, ceiling: float) -> None:
+    """KL on one batch before and after every prune, joined."""
+    before, after = (run.curves.get(tag, Curve()) for tag in PRUNE_KL)
+    points = [
+        (u, value) for u, *pair in zip(before.updates, before.values, after.values, strict=False) for value in pair
+    ]
+    if points:
+        axes.plot(*zip(*points, strict=True), color=color, linewidth=0.8, alpha=0.7)
+    for update, value in points[1::2]:
+        if value > ceiling:
+            axes.annotate(f"{value:.2f}", (update, ceiling), (3, -3), textcoords="offset points", va="top", color=color)
+
+
+def _stairs(axes: Axes, run: History, tags: Sequence[str], color: object, named: bool) -> None:
+    """Widths over updates, relative to the first, up to the run's last update. Those that fall together are one line;
+    its style is its first one's."""
+    lines: dict[tuple[tuple[float, ...], tuple[int, ...]], list[str]] = {}
+    for tag in tags:
+        if curve := run.curves.get(tag):
+            relative = tuple(value / curve.values[0] for value in [*curve.values, curve.values[-1]])
+            lines.setdefault((relative, (*curve.updates, run.last_update)), []).append(tag)
+    for (relative, updates), together in lines.items():
+        names = [tag.removeprefix("shape/") for tag in together]
+        label = "; ".join(f"{name} {_ends(run, tag)}" for name, tag in zip(names, together, strict=True))
+        style = SHAPE.get(names[0], "-")
+        axes.step(updates, relative, style, where="post", color=color, label=label if named else None)
+
+
+def _styles(axes: Axes, runs: Sequence[History], names: Sequence[str]) -> None:
+    """Of several runs, whose lines have their run's color: what the styles stand for."""
+    for name in names if len(runs) > 1 else ():
+        axes.plot([], SHAPE[name], color="black", label=name)
+
+
+def _guess(run: History, what: str) -> float | None:
+    scores = run.summary and run.summary.validation and run.summary.validation.unigram
+    return next((value for key, value in scores.items() if key.endswith(f"_{what}")), None) if scores else None
 
 
 def _ends(run: History, tag: str) -> str:

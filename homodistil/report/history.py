@@ -6,6 +6,7 @@ A run that was killed, or is still going on, or whose files are damaged, has a h
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,23 @@ class History:
         planned = self.settings.get("run", {}).get("updates")
         return f"not finished: update {self.last_update:,}" + (f" of {planned:,}" if planned else "")
 
+    @property
+    def flat_settings(self) -> dict[str, Any]:
+        """Dotted key -> value."""
+        return dict(_flat(self.settings))
+
     def last(self, tag: str) -> float | None:
         """A tag's newest value."""
         curve = self.curves.get(tag)
         return curve.values[-1] if curve else None
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _curves(path: Path, faults: list[str]) -> dict[str, Curve]:

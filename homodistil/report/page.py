@@ -8,18 +8,48 @@ import io
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from jinja2 import Environment
 
 from homodistil.report.figures import Picture
 from homodistil.report.history import History
+from homodistil.summary import RunSummary
 
 PAGE = "report.html"
 DPI = 160
 LARGEST_CSV = 2_000_000
 """Bytes of numbers within the page; more lie beside it only."""
+LOGGED = {
+    "parameters": ("shape/parameters", ",.0f"),
+    "held-out loss": ("validation/student_loss", ".3f"),
+    "accuracy": ("validation/student_accuracy", ".1%"),
+    "KL": ("validation/kl", ".3f"),
+}
+"""Column -> tag of the log, of a run that has not ended."""
+WORDS = {
+    "teacher, student": "The large model that is there, and the small one that is made to say what it says.",
+    "update": "One step of the optimizer, on one batch of examples.",
+    "prune": "A physical narrowing of the student: units leave every tensor that has them.",
+    "MLM loss": "Masked language modelling: minus the log-probability of words that were hidden from the model.",
+    "accuracy": "The share of slots whose most probable word, or label, is the true one.",
+    "slot": "A place where something is predicted: a hidden word, a next word, or an example's label.",
+    "KL, nats": "Kullback-Leibler divergence: how far the student's probabilities are from the teacher's; 0: they are "
+    "equal. A nat is 1.44 bits.",
+    "hidden": "Dimensions of the residual stream, which runs through all layers.",
+    "ffn": "Neurons of the feed-forward layers.",
+    "heads; qk, vo": "Attention heads; within them, the dimensions of queries and keys, and of values.",
+    "rank": "One process of the training, usually with a GPU of its own.",
+    "ZeRO-1, 2, 3": "How DeepSpeed shares out the model over ranks: optimizer states, gradients too, weights too.",
+}
+Row = dict[str, str]
+"""Column -> cell."""
+
+
+class Table(NamedTuple):
+    headings: list[str]
+    rows: list[list[str]]
 
 
 def write_page(folder: Path, title: str, runs: Sequence[History], pictures: Sequence[Picture]) -> Path:
@@ -32,6 +62,7 @@ def write_page(folder: Path, title: str, runs: Sequence[History], pictures: Sequ
         title=title,
         runs=[_described(run) for run in runs],
         tables=_tables(runs),
+        words=WORDS,
         pictures=[_embedded(folder, picture) for picture in pictures],
     )
     path = folder / PAGE
@@ -43,7 +74,7 @@ def in_markdown(run: History) -> str:
     """What a run did and came to, for TensorBoard."""
     lines = [f"{run.status}. {_sentence(run)}", *(f"**{fault}**" for fault in run.faults)]
     for table in _tables([run]):
-        rows = [table["headings"], ["---"] * len(table["headings"]), *table["rows"]]
+        rows = [table.headings, ["---"] * len(table.headings), *table.rows]
         lines.append("\n".join("| " + " | ".join(row) + " |" for row in rows))
     return "\n\n".join(lines)
 
@@ -77,34 +108,72 @@ def _described(run: History) -> dict[str, Any]:
 
 
 def _sentence(run: History) -> str:
-    """What the run did, for somebody who knows nothing of it."""
+    """What the run did and what came of it, for somebody who knows nothing of it."""
     if (summary := run.summary) is None:
         return ""
     widths = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in summary.student.shape.items())
-    pruned = f" and {summary.prunes} prunes" if summary.prunes else ""
+    data = run.settings.get("data", {}).get("shards")
     return (
-        f"Recipe {summary.recipe}: {summary.steps:,} updates{pruned} in {summary.seconds:,.0f} s on "
-        f"{summary.world_size} rank{'s' if summary.world_size > 1 else ''}, ZeRO-{summary.zero_stage}, "
-        f"seed {summary.seed}. The student has {summary.student.parameters:,} parameters: {widths}."
+        f"Recipe {summary.recipe}{f' on {data}' if data else ''}: {_counted(summary.steps, 'update')}, "
+        f"{_counted(summary.prunes, 'prune')}, in {summary.seconds:,.0f} s on {_counted(summary.world_size, 'rank')}, "
+        f"ZeRO-{summary.zero_stage}, seed {summary.seed}. The student has {summary.student.parameters:,} parameters: "
+        f"{widths}. {_outcome(summary)}"
     )
 
 
-def _tables(runs: Sequence[History]) -> list[dict[str, Any]]:
-    """Of one run: teacher, student and guess. Of several: a row each, and each one's own."""
-    finished = [run for run in runs if run.summary is not None and run.summary.validation is not None]
-    tables = [
-        {"headings": [run.name if len(runs) > 1 else "", *run.summary.headings[1:]], "rows": run.summary.rows()}
-        for run in finished
-        if run.summary is not None
-    ]
-    if len(runs) > 1:
-        headings = ["run", "status", "updates", "parameters", "held-out loss", "KL"]
-        tables.insert(0, {"headings": headings, "rows": [_row(run) for run in runs]})
-    return tables
+def _outcome(summary: RunSummary) -> str:
+    """How much of the teacher is left in the student."""
+    scores = summary.validation
+    if scores is None or scores.teacher is None or summary.teacher is None:
+        return ""
+    loss = next(key for key in scores.student if key.endswith("_loss"))
+    student, teacher = scores.student[loss], scores.teacher[loss]
+    words = f"It has {summary.student.parameters / summary.teacher.parameters:.0%} of the teacher's parameters"
+    if scores.unigram and (known := scores.unigram[loss] - teacher) > 0:
+        share = (scores.unigram[loss] - student) / known
+        words += f" and keeps {share:.0%} of the teacher's lead over a unigram guess in held-out loss"
+    else:
+        words += f" and a held-out loss of {student:.3f}; the teacher's is {teacher:.3f}"
+    speeds = [score.get("tokens_per_second", 0.0) for score in (scores.student, scores.teacher)]
+    return f"{words}; its forward pass is {speeds[0] / speeds[1]:.1f} times as fast." if all(speeds) else f"{words}."
 
 
-def _row(run: History) -> list[str]:
-    cells = [("shape/parameters", ",.0f"), ("validation/student_loss", ".3f"), ("validation/kl", ".3f")]
-    values = [(run.last(tag), style) for tag, style in cells]
-    shown = ["" if value is None else format(value, style) for value, style in values]
-    return [run.name, run.status, f"{run.last_update:,}", *shown]
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _tables(runs: Sequence[History]) -> list[Table]:
+    """Teacher, student and guess of one run; of several, a row a run, their teachers' and guesses', and beside that the
+    settings that they do not share."""
+    rows: dict[str, Row] = {}
+    for run in runs:
+        for name, row in _rows(run).items():
+            if name != "student":
+                rows.setdefault(name, row)
+            elif len(runs) > 1:
+                rows[run.name] = {"status": run.status, "updates": f"{run.last_update:,}"} | row
+            elif run.summary is not None and run.summary.validation is not None:
+                rows[name] = row
+    headings = list(dict.fromkeys(heading for row in sorted(rows.values(), key=len, reverse=True) for heading in row))
+    order = sorted(rows, key=lambda name: (name == "unigram guess", name != "teacher"))
+    tables = [Table(["", *headings], [[name, *(rows[name].get(h, "") for h in headings)] for name in order])]
+    if len(runs) > 1 and (differing := _differences(runs)):
+        tables.append(Table(["what differs", *(run.name for run in runs)], differing))
+    return tables if rows else tables[1:]
+
+
+def _rows(run: History) -> dict[str, Row]:
+    """Of a finished run, the table of its summary; else what its log knows of the student."""
+    if run.summary is not None and run.summary.validation is not None:
+        headings = run.summary.headings[1:]
+        return {name: dict(zip(headings, cells, strict=True)) for name, *cells in run.summary.rows()}
+    values = {heading: run.last(tag) for heading, (tag, _) in LOGGED.items()}
+    return {"student": {h: format(value, LOGGED[h][1]) for h, value in values.items() if value is not None}}
+
+
+def _differences(runs: Sequence[History]) -> list[list[str]]:
+    """Settings that are not the same in all runs: key, then each one's."""
+    flat = [run.flat_settings for run in runs]
+    keys = dict.fromkeys(key for settings in flat for key in settings)
+    rows = [[key, *(str(settings.get(key, "")) for settings in flat)] for key in keys if key != "run.name"]
+    return [row for row in rows if len(set(row[1:])) > 1]

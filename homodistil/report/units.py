@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from homodistil.pruning.record import GroupRecord
-from homodistil.report.figures import WIDTH_INCHES, Picture, stacked
+from homodistil.report.figures import GREY, WIDTH_INCHES, Picture, stacked
 from homodistil.report.history import History
 
 # L layers, U units of a group in the teacher
@@ -22,6 +24,7 @@ KINDS = {
     "qk": "query and key dimensions of all heads, by layer",
     "vo": "value dimensions of all heads, by layer",
 }
+KEPT = "#1f4e79"
 UNIT_HEADER = ("run", "group", "unit", "update", "importance", "kept")
 
 
@@ -35,50 +38,57 @@ def of_units(runs: Sequence[History]) -> Iterator[Picture]:
 
 
 def fates(run: History, suffix: str) -> Picture:
-    """A map a kind: a column a unit, a row a layer; the darker, the later it went, darkest what is left."""
-    last = run.last_update
+    """A map a kind: a column a unit, a row a layer; colored by the update after which it went, or as kept."""
+    last = max(run.prunes)
     maps = {kind: _fates(run, kind) for kind in KINDS}
     shown = {kind: fate for kind, fate in maps.items() if fate.size and (fate < np.inf).any()}
     figure = Figure(figsize=(WIDTH_INCHES, 0.6 + 1.5 * max(len(shown), 1)), layout="constrained")
     panels = figure.subplots(max(len(shown), 1), 1, squeeze=False)[:, 0]
+    colors = colormaps["YlOrBr_r"].with_extremes(over=KEPT)
     for axes, (kind, fate) in zip(panels, shown.items(), strict=False):
-        capped = np.where(np.isinf(fate), last * 1.25, fate)
-        image = axes.imshow(capped, aspect="auto", cmap="cividis_r", vmin=0, vmax=last * 1.25, interpolation="nearest")
+        shades = np.where(np.isinf(fate), last + 1, fate)
+        image = axes.imshow(shades, aspect="auto", cmap=colors, vmin=0, vmax=last, interpolation="nearest")
         axes.tick_params(labelsize="small")
         axes.set_title(KINDS[kind], fontsize="small", loc="left")
         axes.set_yticks(range(len(fate)) if 1 < len(fate) <= 12 else [])
+        for border in range(1, _heads(run) if kind in {"qk", "vo"} else 1):
+            axes.axvline(border * fate.shape[1] / _heads(run) - 0.5, color="white", linewidth=1.5)
     if shown:
-        figure.colorbar(image, ax=list(panels), label="update after which it went; darkest: never", shrink=0.6)
+        figure.colorbar(image, ax=list(panels), label="went after update", shrink=0.6)
+        figure.legend(handles=[Patch(color=KEPT, label="kept to the end")], loc="outside upper right", frameon=False)
     caption = (
-        "Every unit of the teacher: a column each, a row for each layer. Light ones went first, the darkest are the "
-        "student's. Stripes over all of a row's length mean that nothing was preferred; clusters, that parts of the "
-        "model are redundant."
+        "Every unit of the teacher: a column each, a row for each layer, in the teacher's own numbering, which means "
+        "nothing but that a head's dimensions lie together, between white lines. Dark brown went first, and mattered "
+        "least to the loss. Every row, and every head, keeps equally many."
     )
     return Picture(f"units{suffix}", f"{run.name}: which units stayed", caption, figure, UNIT_HEADER, _rows(run))
 
 
 def importance(run: History, suffix: str) -> Picture:
-    """What share of a kind's importance each prune took, beside the share of its units."""
-    figure, (top, bottom) = stacked(2, [1, 1])
+    """How much of a kind's importance each prune took, over the share of its units."""
+    figure, (axes,) = stacked(1, [1])
     header, rows = ("run", "update", "kind", "units_removed", "importance_removed"), []
     for kind in KINDS:
         points = [(update, *_taken(groups, kind)) for update, groups in sorted(run.prunes.items())]
         points = [point for point in points if point[1] > 0]
         rows += [(run.name, update, kind, units, lost) for update, units, lost in points]
         if points:
-            updates, units, lost = zip(*points, strict=True)
-            top.plot(updates, units, "o-", markersize=3, label=kind)
-            bottom.plot(updates, lost, "o-", markersize=3, label=kind)
-    top.set_ylabel("share of units")
-    bottom.set(ylabel="share of importance", xlabel="update")
-    for axes in (top, bottom):
-        axes.set_ylim(bottom=0)
-        axes.spines[["top", "right"]].set_visible(False)
-    if rows:
-        top.legend(frameon=False, fontsize="small")
+            axes.plot(
+                [update for update, *_ in points],
+                [lost / units for _, units, lost in points],
+                "o-",
+                markersize=3,
+                label=kind,
+            )
+    axes.axhline(1, color=GREY, linestyle=":", label="drawn at random")
+    axes.set(ylabel="importance taken / units taken", xlabel="update", xlim=(0, run.last_update))
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small")
     caption = (
-        "What each prune took: units above, and below the share of the importance that all units of that kind had at "
-        "that moment. The further the lower curve lies under the upper, the less the prune hurt."
+        "Importance: what the training loss would change by without a unit, estimated from its weights and gradients. "
+        "Of all importance that a kind's units had at a prune, the share that the prune took, over the share of the "
+        "units: at 1 the units might have been drawn, near 0 they did nothing."
     )
     return Picture(
         f"importance{suffix}", f"{run.name}: what the prunes took", caption, figure, header, [*map(tuple, rows)]
@@ -97,6 +107,11 @@ def _layer(group: str) -> int:
 def _head(group: str) -> int:
     found = re.search(r"\.heads\.(\d+)\.", group)
     return int(found[1]) if found else 0
+
+
+def _heads(run: History) -> int:
+    """Of the teacher, in a layer."""
+    return 1 + max((_head(name) for groups in run.prunes.values() for name in groups), default=0)
 
 
 def _fates(run: History, kind: str) -> NDArray[np.float64]:

@@ -32,9 +32,9 @@ from tests.unit.test_summary import FIGURES
 POINTS: list[dict[str, Any]] = [
     {"update": 0, "shape/hidden": 8, "shape/ffn": 12, "shape/heads": 2, "shape/head_width": 4, "shape/parameters": 900},
     {"update": 10, "loss/total": 3.0, "loss/task": 3.0, "loss/kl": 0.0, "speed/tokens_per_second": 50.0},
-    {"update": 10, "pruning/prune_jump": 0.125},
+    {"update": 10, "pruning/prune_jump": 0.125, "pruning/kl_before": 0.25, "pruning/kl_after": 0.375},
     {"update": 10, "shape/hidden": 6, "shape/ffn": 9, "shape/heads": 2, "shape/head_width": 3, "shape/parameters": 600},
-    {"update": 16, "pruning/prune_jump": 0.25},
+    {"update": 16, "pruning/prune_jump": 0.25, "pruning/kl_before": 0.3125, "pruning/kl_after": 0.5625},
     {"update": 16, "shape/hidden": 2, "shape/ffn": 6, "shape/heads": 1, "shape/head_width": 2, "shape/parameters": 200},
     {"update": 20, "loss/total": None, "loss/task": 2.5, "loss/kl": 0.2, "memory/peak_bytes": 2.0**30},
     {"update": 20, "validation/kl": 0.625, "validation/student_loss": 3.5, "validation/student_accuracy": 0.35},
@@ -86,6 +86,7 @@ def test_the_page_is_self_contained_and_holds_the_table(run: Path) -> None:
     assert (run / "report" / "discrepancy.png").read_bytes().startswith(b"\x89PNG")
     assert "<h1>run &lt;1&gt;</h1>" in page and "finished" in page
     assert "<td>student</td><td>500,000</td><td>3.500</td><td>35.0%</td><td>0.625</td>" in page
+    assert "25% of the teacher&#39;s parameters and keeps 88% of the teacher&#39;s" in page  # 3.6 of 4.1
     links = re.findall(r'(?:src|href)="([^"]*)', page)
     assert len(links) > 10 and all(link.startswith("data:") for link in links)
 
@@ -96,8 +97,11 @@ def test_the_figures_draw_the_logged_points(run: Path) -> None:
     pictures = {picture.name: picture for picture in pictures_of([history])}
     top, middle = pictures["discrepancy"].figure.axes
     assert np.array_equal(top.lines[0].get_xydata(), [[20, 0.625]])
+    assert np.array_equal(top.lines[1].get_xydata(), [[10, 0.25], [10, 0.375], [16, 0.3125], [16, 0.5625]])
     assert np.array_equal(middle.lines[0].get_xydata(), [[0, 1], [10, 6 / 8], [16, 2 / 8], [20, 2 / 8]])
-    assert [line.get_label() for line in pictures["losses"].figure.axes[0].lines] == ["task", "kl"]
+    panels = pictures["losses"].figure.axes
+    assert [axes.get_title(loc="left").split(":")[0] for axes in panels] == ["task", "kl"]
+    assert np.array_equal(panels[1].lines[0].get_xydata(), [[10, 0.0], [20, 0.2]])
     memory = next(a for a in pictures["workings"].figure.axes if "memory" in a.get_title(loc="left"))
     assert np.array_equal(memory.lines[0].get_xydata(), [[20, 1.0]])
 
@@ -154,6 +158,17 @@ def test_the_map_of_units_shows_when_each_went(run: Path) -> None:
                 assert fate[layer, head * 4 + unit] == gone, (layer, head, unit)
 
 
+def test_what_a_prune_took_is_relative_to_a_blind_one(run: Path) -> None:
+    shape = narrowed(run)[0]
+    picture = next(picture for picture in pictures_of([History.read(run)]) if picture.name == "importance")
+    line = next(line for line in picture.figure.axes[0].lines if line.get_label() == "hidden")
+    record = read_prune(run, 10)
+    assert record is not None and len(shape.kept["hidden"]) == 8
+    hidden = record["hidden"]
+    share = hidden.scores[~hidden.kept].sum() / hidden.scores.sum() / (2 / 8)
+    assert tuple(line.get_xydata()[0]) == pytest.approx((10, share))
+
+
 def test_a_browser_of_a_phones_width_shows_it_all(run: Path, tmp_path: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
@@ -196,7 +211,9 @@ def test_runs_stand_side_by_side(run: Path, tmp_path: Path) -> None:
     (other / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in POINTS[:4]))
     page = compare([run, other], tmp_path / "both").read_text()
     assert "run &lt;1&gt;, other" in page
-    assert "not finished: update 10" in page
+    assert "<td>other</td><td>not finished: update 10</td><td>10</td><td>600</td>" in page
+    assert "<td>run.updates</td><td>40</td><td></td>" in page
+    assert page.count("<td>teacher</td>") == page.count("<td>unigram guess</td>") == 1
     rows = list(csv.DictReader((tmp_path / "both" / "widths.csv").open()))
     assert {row["run"] for row in rows} == {"run <1>", "other"}
 
