@@ -14,7 +14,7 @@ DS_CONFIG ?= ds_configs/zero2.json
 RANKS     ?=
 ARGS      ?=
 
-BENCHMARKS := step losses loader corpus prune schedule memory ranks cached codecs
+BENCHMARKS := step losses loader corpus prune schedule memory ranks cached codecs busy
 
 .PHONY: run test test-all lint bench clean
 
