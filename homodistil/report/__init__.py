@@ -6,6 +6,7 @@ A run writes its own when it ends; `homodistil report` makes one of any runs, fi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from homodistil.report.board import show_on_board
@@ -26,7 +27,10 @@ def write_report(run_directory: Path) -> Path:
 
 def compare(run_directories: Sequence[Path], folder: Path) -> Path:
     """Write a report of one run or of several to `folder`; returns the page's path. Raises `DataError`."""
-    runs = [History.read(directory) for directory in run_directories]
+    paths = list(dict.fromkeys(run_directories))
+    runs = [History.read(directory) for directory in paths]
+    if len({run.name for run in runs}) < len(runs):
+        runs = [replace(run, name=str(directory)) for run, directory in zip(runs, paths, strict=True)]
     return write_page(folder, ", ".join(run.name for run in runs), runs, pictures_of(runs))
 
 

@@ -149,17 +149,22 @@ def _tables(runs: Sequence[History]) -> list[Table]:
     for run in runs:
         for name, row in _rows(run).items():
             if name != "student":
-                rows.setdefault(name, row)
+                rows.setdefault(name if _alike(row, rows.get(name, row)) else f"{name} of {run.name}", row)
             elif len(runs) > 1:
                 rows[run.name] = {"status": run.status, "updates": f"{run.last_update:,}"} | row
             elif run.summary is not None and run.summary.validation is not None:
                 rows[name] = row
     headings = list(dict.fromkeys(heading for row in sorted(rows.values(), key=len, reverse=True) for heading in row))
-    order = sorted(rows, key=lambda name: (name == "unigram guess", name != "teacher"))
+    order = sorted(rows, key=lambda name: (name.startswith("unigram guess"), not name.startswith("teacher")))
     tables = [Table(["", *headings], [[name, *(rows[name].get(h, "") for h in headings)] for name in order])]
     if len(runs) > 1 and (differing := _differences(runs)):
         tables.append(Table(["what differs", *(run.name for run in runs)], differing))
     return tables if rows else tables[1:]
+
+
+def _alike(row: Row, other: Row) -> bool:
+    """Whether they are of one teacher: its speed is measured by every run anew."""
+    return {**row, "tokens/s": ""} == {**other, "tokens/s": ""}
 
 
 def _rows(run: History) -> dict[str, Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import html
 import io
 import json
 import re
@@ -233,6 +234,17 @@ def test_runs_stand_side_by_side(run: Path, tmp_path: Path) -> None:
 def test_a_broken_or_unfinished_run_has_a_report_that_says_so(run: Path, damage: Any, said: str) -> None:
     damage(run)
     assert said in write_report(run).read_text()
+
+
+def test_runs_of_one_name_and_other_teachers_stay_apart(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere" / run.name
+    shutil.copytree(run, other)
+    figures = json.loads(json.dumps(FIGURES))
+    figures["validation"]["teacher"]["mlm_loss"] = 2.5
+    RunSummary.model_validate(figures).write(other)
+    page = compare([run, other, run], tmp_path / "both").read_text()
+    rows = [html.unescape(name) for name in re.findall(r"<tr><td>([^<]*)</td>", page)]
+    assert rows[:5] == ["teacher", f"teacher of {other}", str(run), str(other), "unigram guess"]
 
 
 def test_a_stopped_run_says_how_it_ended(run: Path) -> None:
