@@ -13,6 +13,7 @@ from homodistil.evaluation.language_modeling import score, unigram
 from homodistil.evaluation.stock import load_stock
 from homodistil.evaluation.tasks import evaluate_task, save_predictions
 from homodistil.export import export_student
+from homodistil.hardware import device_name
 from homodistil.knowledge.filters import save_filters
 from homodistil.learner import describe
 from homodistil.metrics import peak_memory_bytes
@@ -71,6 +72,7 @@ def _summary(training: Training) -> RunSummary:
         recipe=plan.run.recipe,
         steps=training.update,
         world_size=ranks.world_size,
+        device=device_name(ranks.device),
         zero_stage=student.zero_stage,
         seed=plan.run.run.seed,
         teacher=TeacherFigures(parameters=training.teacher.parameters) if training.teacher else None,

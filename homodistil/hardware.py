@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from pathlib import Path
 
@@ -22,6 +23,13 @@ def has_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.get_device_capability()[0] >= 8
     return bool(BF16_FLAGS & _cpu_flags())
+
+
+def device_name(device: torch.device) -> str:
+    """As people call it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} CPU cores"
 
 
 def keep_freed_memory() -> None:

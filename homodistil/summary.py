@@ -63,7 +63,9 @@ class RunSummary(Figures):
     """Of training, validation left out."""
     tokens_per_second: float
     """Of training, over all ranks."""
-    flops: float
+    device: str | None = None
+    """Rank 0's: a GPU's name, or the number of CPU cores."""
+    flops: float | None = None
     """Useful arithmetic of training: forward and backward of the student, forward of the teacher."""
     peak_memory_bytes: int
     """Of the rank that needed most."""

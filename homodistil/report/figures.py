@@ -63,19 +63,18 @@ def discrepancy(runs: Sequence[History]) -> Picture | None:
     ceiling = _ceiling(runs)
     for run, color in zip(runs, _colors(), strict=False):
         curve = run.curves.get(KL, Curve())
-        top.plot(curve.updates, curve.values, "o-", color=color, markersize=3, label=run.name)
+        top.plot(curve.updates, curve.values, "o:", color=color, markersize=4, linewidth=1, label=run.name)
         _prunes(top, run, color, ceiling)
-        _stairs(bottom, run, ("shape/hidden", "shape/ffn"), color, len(runs) == 1)
+        _stairs(bottom, run, ("shape/hidden", "shape/ffn"), color, len(runs) > 1)
     top.set_ylabel("KL(teacher || student), nats")
     top.set_ylim(0, ceiling or None)
     bottom.set(ylabel="width / first", xlabel="update")
     bottom.set_ylim(bottom=0)
-    _styles(bottom, runs, ("hidden", "ffn"))
     caption = (
         "How far the student's predictions are from the teacher's on text held out from training: 0 is the teacher "
-        "itself. Dots: all of that text. Thin, upright: one batch of it just before and just after each prune, so what "
-        "the prune alone did; slanted between two prunes: what training then won back. A bar that leaves the picture "
-        "has its upper end written on it. Beneath: what is left of the widths."
+        "itself. Dots: all of that text, at every look. Lines, upright: one batch of it before and after each prune, "
+        "what the prune alone did; slanted between two prunes: what training then won back. A line that leaves the "
+        "picture has its upper end written on it. Beneath: what is left of the widths."
     )
     return _picture("discrepancy", "Distance from the teacher", caption, figure, runs, tags)
 
@@ -98,7 +97,7 @@ def held_out(runs: Sequence[History]) -> Picture | None:
     bottom.set(ylabel="accuracy, %", xlabel="update")
     caption = (
         "On held-out examples, the same at every look. A unigram guess knows how frequent words are and nothing else: "
-        "a student's way is from there to its teacher. The axes do not begin at 0."
+        "a student's way is from there to its teacher. An axis may begin above 0."
     )
     tags = [f"validation/{who}_{what}" for who in ("student", "teacher") for what in ("loss", "accuracy")]
     return _picture("held_out", "Held-out loss and accuracy", caption, figure, runs, tags)
@@ -114,12 +113,14 @@ def losses(runs: Sequence[History]) -> Picture | None:
         for run, color in zip(runs, _colors(), strict=False):
             curve = run.curves.get(tag, Curve())
             axes.plot(curve.updates, curve.values, color=color, label=run.name if axes is panels[0] else None)
+            for update in run.curves.get(JUMP, Curve()).updates:
+                axes.axvline(update, color=color, linewidth=0.8, alpha=0.3)
         name = tag.removeprefix("loss/")
         axes.set_title(f"{name}: {TERMS[name]}" if name in TERMS else name, fontsize="small", loc="left")
     panels[-1].set_xlabel("update")
     caption = (
-        "The terms of the training loss, before their weights, averaged over the updates between two points. Steps up "
-        "are prunes; the axes do not begin at 0."
+        "The terms of the training loss, before their weights, averaged over the updates between two points. Upright "
+        "lines: prunes. An axis may begin above 0."
     )
     return _picture("losses", "Training loss, term by term", caption, figure, runs, tags)
 
@@ -131,14 +132,12 @@ def widths(runs: Sequence[History]) -> Picture | None:
         return None
     figure, (top, bottom) = stacked(2, [1, 1])
     for run, color in zip(runs, _colors(), strict=False):
-        _stairs(top, run, [f"shape/{name}" for name in SHAPE], color, len(runs) == 1)
-        _stairs(bottom, run, ["shape/parameters"], color, named=False)
-        bottom.plot([], color=color, label=f"{run.name}: {_ends(run, 'shape/parameters')}")
+        _stairs(top, run, [f"shape/{name}" for name in SHAPE], color, len(runs) > 1)
+        _stairs(bottom, run, ["shape/parameters"], color, len(runs) > 1)
     top.set_ylabel("units / first")
     bottom.set(ylabel="parameters / first", xlabel="update")
     for axes in (top, bottom):
         axes.set_ylim(bottom=0)
-    _styles(top, runs, tuple(SHAPE))
     caption = (
         "What is left of each kind of unit: dimensions of the residual stream (hidden), neurons of the feed-forward "
         "layers (ffn), attention heads, and dimensions of a head; and of all parameters."
@@ -162,8 +161,8 @@ def workings(runs: Sequence[History]) -> Picture | None:
         axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     panels[-1].set_xlabel("update")
     caption = (
-        "Speed without validation and checkpoints: a training step of the student with its teacher's forward pass. "
-        "Other work on the machine shows in it."
+        "Speed without validation and checkpoints: training steps of the student with its teacher's forward passes; "
+        "prunes, and other work on the machine, show as dips. Memory: the GPU's, or, without one, the process's."
     )
     return _picture("workings", "Speed, memory, gradients", caption, figure, runs, tags)
 
@@ -225,9 +224,9 @@ def _prunes(axes: Axes, run: History, color: object, ceiling: float) -> None:
             axes.annotate(f"{value:.2f}", (update, ceiling), (3, -3), textcoords="offset points", va="top", color=color)
 
 
-def _stairs(axes: Axes, run: History, tags: Sequence[str], color: object, named: bool) -> None:
+def _stairs(axes: Axes, run: History, tags: Sequence[str], color: object, several: bool) -> None:
     """Widths over updates, relative to the first, up to the run's last update. Those that fall together are one line;
-    its style is its first one's."""
+    its style is its first one's. several: runs."""
     lines: dict[tuple[tuple[float, ...], tuple[int, ...]], list[str]] = {}
     for tag in tags:
         if curve := run.curves.get(tag):
@@ -236,14 +235,9 @@ def _stairs(axes: Axes, run: History, tags: Sequence[str], color: object, named:
     for (relative, updates), together in lines.items():
         names = [tag.removeprefix("shape/") for tag in together]
         label = "; ".join(f"{name} {_ends(run, tag)}" for name, tag in zip(names, together, strict=True))
-        style = SHAPE.get(names[0], "-")
-        axes.step(updates, relative, style, where="post", color=color, label=label if named else None)
-
-
-def _styles(axes: Axes, runs: Sequence[History], names: Sequence[str]) -> None:
-    """Of several runs, whose lines have their run's color: what the styles stand for."""
-    for name in names if len(runs) > 1 else ():
-        axes.plot([], SHAPE[name], color="black", label=name)
+        style, width = SHAPE.get(names[0], "-"), max(1.0, 2.5 - 0.5 * len(axes.lines))  # one on another, both are seen
+        label = f"{run.name}: {label}" if several else label
+        axes.step(updates, relative, style, where="post", color=color, linewidth=width, label=label)
 
 
 def _guess(run: History, what: str) -> float | None:

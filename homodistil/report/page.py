@@ -40,6 +40,9 @@ WORDS = {
     "hidden": "Dimensions of the residual stream, which runs through all layers.",
     "ffn": "Neurons of the feed-forward layers.",
     "heads; qk, vo": "Attention heads; within them, the dimensions of queries and keys, and of values.",
+    "head_width": "Dimensions of a head that are left, of qk and of vo alike.",
+    "softened": "Logits divided by a temperature above 1 before the softmax, so that improbable words count.",
+    "gradient clipping": "A gradient longer than a limit is shortened to it.",
     "rank": "One process of the training, usually with a GPU of its own.",
     "ZeRO-1, 2, 3": "How DeepSpeed shares out the model over ranks: optimizer states, gradients too, weights too.",
 }
@@ -113,11 +116,12 @@ def _sentence(run: History) -> str:
         return ""
     widths = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in summary.student.shape.items())
     data = run.settings.get("data", {}).get("shards")
+    device = f" ({summary.device})" if summary.device else ""
     return (
         f"Recipe {summary.recipe}{f' on {data}' if data else ''}: {_counted(summary.steps, 'update')}, "
-        f"{_counted(summary.prunes, 'prune')}, in {summary.seconds:,.0f} s on {_counted(summary.world_size, 'rank')}, "
-        f"ZeRO-{summary.zero_stage}, seed {summary.seed}. The student has {summary.student.parameters:,} parameters: "
-        f"{widths}. {_outcome(summary)}"
+        f"{_counted(summary.prunes, 'prune')}, in {summary.seconds:,.0f} s on {_counted(summary.world_size, 'rank')}"
+        f"{device}, ZeRO-{summary.zero_stage}, seed {summary.seed}. The student has {summary.student.parameters:,} "
+        f"parameters: {widths}. {_outcome(summary)}"
     )
 
 
@@ -149,7 +153,8 @@ def _tables(runs: Sequence[History]) -> list[Table]:
     for run in runs:
         for name, row in _rows(run).items():
             if name != "student":
-                rows.setdefault(name if _alike(row, rows.get(name, row)) else f"{name} of {run.name}", row)
+                own = row if len(runs) == 1 else {**row, "tokens/s": ""}  # every run measures its teacher anew
+                rows.setdefault(name if own == rows.get(name, own) else f"{name} of {run.name}", own)
             elif len(runs) > 1:
                 rows[run.name] = {"status": run.status, "updates": f"{run.last_update:,}"} | row
             elif run.summary is not None and run.summary.validation is not None:
@@ -160,11 +165,6 @@ def _tables(runs: Sequence[History]) -> list[Table]:
     if len(runs) > 1 and (differing := _differences(runs)):
         tables.append(Table(["what differs", *(run.name for run in runs)], differing))
     return tables if rows else tables[1:]
-
-
-def _alike(row: Row, other: Row) -> bool:
-    """Whether they are of one teacher: its speed is measured by every run anew."""
-    return {**row, "tokens/s": ""} == {**other, "tokens/s": ""}
 
 
 def _rows(run: History) -> dict[str, Row]:

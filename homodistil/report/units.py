@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
@@ -39,27 +40,31 @@ def of_units(runs: Sequence[History]) -> Iterator[Picture]:
 
 def fates(run: History, suffix: str) -> Picture:
     """A map a kind: a column a unit, a row a layer; colored by the update after which it went, or as kept."""
-    last = max(run.prunes)
+    updates = sorted(run.prunes)
     maps = {kind: _fates(run, kind) for kind in KINDS}
     shown = {kind: fate for kind, fate in maps.items() if fate.size and (fate < np.inf).any()}
     figure = Figure(figsize=(WIDTH_INCHES, 0.6 + 1.5 * max(len(shown), 1)), layout="constrained")
     panels = figure.subplots(max(len(shown), 1), 1, squeeze=False)[:, 0]
-    colors = colormaps["YlOrBr_r"].with_extremes(over=KEPT)
+    shades = colormaps["YlOrBr_r"](np.linspace(0, 0.75, len(updates)))
+    colors = ListedColormap(shades).with_extremes(over=KEPT)
     for axes, (kind, fate) in zip(panels, shown.items(), strict=False):
-        shades = np.where(np.isinf(fate), last + 1, fate)
-        image = axes.imshow(shades, aspect="auto", cmap=colors, vmin=0, vmax=last, interpolation="nearest")
+        prune = np.searchsorted(updates, fate)  # of those that stayed, beyond the last
+        image = axes.imshow(
+            prune, aspect="auto", cmap=colors, vmin=-0.5, vmax=len(updates) - 0.5, interpolation="nearest"
+        )
         axes.tick_params(labelsize="small")
         axes.set_title(KINDS[kind], fontsize="small", loc="left")
         axes.set_yticks(range(len(fate)) if 1 < len(fate) <= 12 else [])
         for border in range(1, _heads(run) if kind in {"qk", "vo"} else 1):
             axes.axvline(border * fate.shape[1] / _heads(run) - 0.5, color="white", linewidth=1.5)
     if shown:
-        figure.colorbar(image, ax=list(panels), label="went after update", shrink=0.6)
+        bar = figure.colorbar(image, ax=list(panels), label="went after update", shrink=0.6)
+        bar.set_ticks(range(len(updates)), labels=[str(update) for update in updates])
         figure.legend(handles=[Patch(color=KEPT, label="kept to the end")], loc="outside upper right", frameon=False)
     caption = (
-        "Every unit of the teacher: a column each, a row for each layer, in the teacher's own numbering, which means "
-        "nothing but that a head's dimensions lie together, between white lines. Dark brown went first, and mattered "
-        "least to the loss. Every row, and every head, keeps equally many."
+        "Every unit of the teacher: a column each, a row for each layer (residual dimensions run through all layers), "
+        "in the teacher's own numbering, which means nothing but that a head's dimensions lie together, between white "
+        "lines. What went first mattered least to the loss. Every row, and every head, keeps equally many."
     )
     return Picture(f"units{suffix}", f"{run.name}: which units stayed", caption, figure, UNIT_HEADER, _rows(run))
 

@@ -18,7 +18,7 @@ from tests.stages import slow
 REPOSITORY = Path(__file__).parents[2]
 KEYS = {
     "recipe", "steps", "world_size", "zero_stage", "seed", "teacher", "student", "validation", "prunes", "seconds",
-    "tokens_per_second", "flops", "peak_memory_bytes", "resumed_from", "exit_status",
+    "tokens_per_second", "device", "flops", "peak_memory_bytes", "resumed_from", "exit_status",
 }  # fmt: skip
 
 

@@ -87,6 +87,7 @@ def test_the_page_is_self_contained_and_holds_the_table(run: Path) -> None:
     assert (run / "report" / "discrepancy.png").read_bytes().startswith(b"\x89PNG")
     assert "<h1>run &lt;1&gt;</h1>" in page and "finished" in page
     assert "<td>student</td><td>500,000</td><td>3.500</td><td>35.0%</td><td>0.625</td>" in page
+    assert "on 2 ranks (4 CPU cores), ZeRO-2" in page
     assert "25% of the teacher&#39;s parameters and keeps 88% of the teacher&#39;s" in page  # 3.6 of 4.1
     links = re.findall(r'(?:src|href)="([^"]*)', page)
     assert len(links) > 10 and all(link.startswith("data:") for link in links)

@@ -30,12 +30,13 @@ FIGURES: dict[str, Any] = {
     "prunes": 4,
     "seconds": 61.5,
     "tokens_per_second": 5_000.0,
+    "device": "4 CPU cores",
     "flops": 1.5e12,
     "peak_memory_bytes": 1 << 30,
 }
 
 PROMISED = (
-    "recipe steps world_size zero_stage seed teacher.parameters student.parameters student.shape "
+    "recipe steps world_size device zero_stage seed teacher.parameters student.parameters student.shape "
     "validation.teacher.mlm_loss validation.teacher.mlm_accuracy validation.student.mlm_loss "
     "validation.student.mlm_accuracy validation.kl prunes seconds tokens_per_second flops peak_memory_bytes "
     "resumed_from exit_status validation.unigram.mlm_loss validation.unigram.mlm_accuracy"
