@@ -57,7 +57,7 @@ KILLS = [
 
 @pytest.mark.parametrize(
     ("stage", "fault"),
-    matrix([1, 2, 3], KILLS, lambda stage, fault: stage == 2 or fault[0] == "within_a_prune"),
+    matrix([1, 2, 3], KILLS, lambda stage, fault: stage == 2 or (stage == 3 and fault[0] == "within_a_prune")),
     ids=lambda value: f"{value[0]}_{value[1]}" if isinstance(value, tuple) else f"zero{value}",
 )
 def test_a_killed_run_goes_on_bit_for_bit(
@@ -93,11 +93,12 @@ def test_buffers_kept_per_weight_and_a_background_writer_resume_bit_for_bit(fold
 KILLED_AT = {"before_a_prune": runs.PRUNES[0], "after_a_prune": runs.PRUNES[1] + 1}
 CHANGES = [((4, 2), (2, 2)), ((2, 2), (4, 2)), ((2, 2), (1, 2)), ((2, 2), (2, 3))]
 """(ranks, ZeRO stage) that wrote the checkpoint -> those that go on from it."""
+QUICK = [(CHANGES[1], "after_a_prune"), (CHANGES[2], "before_a_prune"), (CHANGES[3], "after_a_prune")]
 
 
 @pytest.mark.parametrize(
     ("change", "moment"),
-    matrix(CHANGES, KILLED_AT, lambda change, moment: (CHANGES.index(change) % 2 == 1) == (moment == "after_a_prune")),
+    matrix(CHANGES, KILLED_AT, lambda *case: case in QUICK),
     ids=lambda value: value if isinstance(value, str) else "-".join(f"{ranks}x_zero{stage}" for ranks, stage in value),
 )
 def test_another_world_size_or_stage_goes_on_closely(

@@ -119,7 +119,7 @@ def test_an_interrupted_stage_one_goes_on_bit_for_bit(folder: Path, pool: Any, f
     assert runs.losses(folder, "filters-cut") == runs.losses(folder, "filters")
 
 
-@pytest.mark.parametrize("stage", [slow(1), 2, 3])
+@pytest.mark.parametrize("stage", [slow(1), slow(2), 3])
 def test_filters_of_a_shrinking_student_survive_prunes_and_checkpoints(
     folder: Path, pool: Any, filters: Path, stage: int
 ) -> None:
