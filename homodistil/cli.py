@@ -68,9 +68,15 @@ class LearnFilters(RunConfig, FilterLaunch):
 class CacheTeacher(RunConfig, Launch):
     """Write the teacher's knowledge that a recipe asks for to cache.path, so that the run needs no teacher."""
 
+    recipe: str = "hsk_cached"
+    """Name of a recipe of this package, or path of a YAML file."""
+
 
 class FineTune(RunConfig, SeededLaunch):
     """Train a model on a task of GLUE or on SQuAD, with or without a teacher. Flags override the recipe."""
+
+    recipe: str = "finetune"
+    """Name of a recipe of this package, or path of a YAML file."""
 
 
 class PlanRun(RunConfig):
@@ -172,7 +178,7 @@ def learn_filters(arguments: Sequence[str]) -> None:
 
 def cache_teacher(arguments: Sequence[str]) -> None:
     """Ask a teacher once about everything, and write down what it says."""
-    launch, run, student, teacher = _launched(CacheTeacher, Launch, "homodistil cache-teacher", arguments, "hsk_cached")
+    launch, run, student, teacher = _launched(CacheTeacher, Launch, "homodistil cache-teacher", arguments)
 
     from homodistil import caching
 
@@ -181,7 +187,7 @@ def cache_teacher(arguments: Sequence[str]) -> None:
 
 def finetune(arguments: Sequence[str]) -> None:
     """Train a model on GLUE or SQuAD, with or without a teacher."""
-    launch, run, student, teacher = _launched(FineTune, SeededLaunch, "homodistil finetune", arguments, "finetune")
+    launch, run, student, teacher = _launched(FineTune, SeededLaunch, "homodistil finetune", arguments)
 
     from homodistil import finetune as seeds
 
@@ -189,17 +195,13 @@ def finetune(arguments: Sequence[str]) -> None:
 
 
 def _launched(
-    command: type[BaseModel],
-    settings: type[AnyLaunch],
-    program: str,
-    arguments: Sequence[str],
-    recipe: str = "quickstart",
+    command: type[RunConfig], settings: type[AnyLaunch], program: str, arguments: Sequence[str]
 ) -> tuple[AnyLaunch, RunConfig, DeepSpeedConfig, DeepSpeedConfig]:
     """Flags, recipe and both DeepSpeed JSONs, checked against each other. settings: the command's own flags, besides
-    those of a recipe; recipe: the one without --recipe."""
+    those of a recipe."""
     given = parse(command, program, arguments)
     launch = _checked(settings, {name: given.pop(name) for name in settings.model_fields if name in given})
-    run = RunConfig.load(given.pop("recipe", recipe), given)
+    run = RunConfig.load(given.pop("recipe", command.model_fields["recipe"].default), given)
 
     from homodistil.ds_config import DeepSpeedConfig
     from homodistil.quiet import hush

@@ -51,7 +51,7 @@ def test_a_command_of_the_readme_is_one_that_can_be_typed(command: str) -> None:
     if issubclass(settings, cli.Launch):
         own = settings.model_fields.keys() - RunConfig.model_fields.keys()
         values = {name: value for name, value in given.items() if name not in {*own, "recipe"}}
-        recipe = recipe or ("finetune" if settings is cli.FineTune else "quickstart")
+        recipe = recipe or settings.model_fields["recipe"].default
         assert RunConfig.load(recipe, values)
         assert (ROOT / given.get("ds_config", "ds_configs/zero2.json")).is_file()
     else:
