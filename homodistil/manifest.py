@@ -24,7 +24,7 @@ from homodistil.models.shape import StudentShape
 from homodistil.state import Layout, Range
 
 FILE, LATEST = "manifest.json", "latest"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class Record(BaseModel):
@@ -81,15 +81,16 @@ class Manifest(Record):
 
     def write(self, directory: Path) -> None:
         """Make the checkpoint in `directory` exist."""
-        sealed = self.model_copy(update={"digest": _digest(self)})
-        write_text_durably(directory / FILE, sealed.model_dump_json(indent=1) + "\n")
+        values = json.loads(self.model_dump_json())
+        write_text_durably(directory / FILE, json.dumps({**values, "digest": _digest(values)}, indent=1) + "\n")
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
         """The manifest in `directory`, if it is whole. Raises `CheckpointError`."""
         path = directory / FILE
         try:
-            manifest = cls.model_validate_json(path.read_bytes())
+            content = path.read_bytes()
+            manifest = cls.model_validate_json(content)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
         except ValidationError as error:
@@ -99,7 +100,7 @@ class Manifest(Record):
         if manifest.format_version != FORMAT_VERSION:
             version = manifest.format_version
             raise CheckpointError(f"{path}: format_version is {version}, but this homodistil reads {FORMAT_VERSION}.")
-        if manifest.digest != _digest(manifest):
+        if manifest.digest != _digest(json.loads(content)):
             raise CheckpointError(f"{path}: its digest does not match: something in it was changed.")
         return manifest
 
@@ -161,8 +162,10 @@ def _fault(path: Path, expected: FragmentFile) -> str | None:
     return None if digest == expected.checksum else f"{path}: checksum {digest}, not {expected.checksum}"
 
 
-def _digest(manifest: Manifest) -> str:
-    return hashlib.sha256(manifest.model_dump_json(exclude={"digest"}).encode()).hexdigest()
+def _digest(values: Mapping[str, Any]) -> str:
+    """Of a manifest as it stands in its file: what later versions add to manifests is not in it."""
+    sealed = {key: value for key, value in values.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -20,6 +20,7 @@ from homodistil.manifest import FILE, LATEST, Manifest, complete_checkpoints, di
 from homodistil.metrics import Progress
 from homodistil.models.shape import StudentShape
 from homodistil.ranks import Ranks
+from homodistil.recipe import merge
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,8 @@ def _read(directory: Path) -> tuple[Manifest | None, str]:
 
 
 def _check_same_run(run: RunConfig, identity: Identity, directory: Path, manifest: Manifest) -> None:
-    then, now = {**manifest.run, **manifest.identity}, {**run.model_dump(mode="json"), **identity}
+    defaults = RunConfig().model_dump(mode="json")  # a key that is newer than the checkpoint was what it is by default
+    then, now = {**merge(defaults, manifest.run), **manifest.identity}, {**run.model_dump(mode="json"), **identity}
     changed = differences(then, now, (*MAY_CHANGE, *run.checkpoint.allow_changes))
     if not changed:
         return

@@ -1,10 +1,9 @@
 """TaskData and TaskStream: a benchmark's examples as a run knows them, and as an exact stream of batches.
 
 Epoch e is a permutation of the training examples that depends on (seed, e) alone; grouped by length, on the size of
-the global batch as well. The stream is the endless
-concatenation of epochs and an update reads the next `global_batch` of it, so none is left out or comes twice in an
-epoch, the position is one integer, and the global batch is the same for any number of ranks. What an example is, is
-glue.py's and squad.py's.
+the global batch as well. The stream is the endless concatenation of epochs and an update reads the next `global_batch`
+of it, so none is left out or comes twice in an epoch, the position is one integer, and the global batch is the same for
+any number of ranks. What an example is, is glue.py's and squad.py's.
 """
 
 from __future__ import annotations

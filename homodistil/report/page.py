@@ -115,7 +115,8 @@ def _sentence(run: History) -> str:
     if (summary := run.summary) is None:
         return ""
     widths = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in summary.student.shape.items())
-    data = run.settings.get("data", {}).get("shards")
+    task = run.settings.get("task", {}).get("name", "mlm")
+    data = run.settings.get("data", {}).get("shards") if task in ("mlm", "clm") else task
     device = f" ({summary.device})" if summary.device else ""
     return (
         f"Recipe {summary.recipe}{f' on {data}' if data else ''}: {_counted(summary.steps, 'update')}, "

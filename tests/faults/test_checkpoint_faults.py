@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -156,6 +157,18 @@ def test_a_run_that_computes_something_else_is_refused(
     with pytest.raises(CheckpointError, match=words.replace(".", r"\.")):
         pool(2).run(found, values, folder, STAGE)
     assert is_whole(copy / "step_00000006")
+
+
+def test_a_key_that_is_newer_than_the_checkpoint_was_what_it_is_by_default(folder: Path, pool: Any, copy: Path) -> None:
+    for path in copy.glob("step_*/manifest.json"):
+        values = json.loads(path.read_text())
+        del values["run"]["pruning"]["hidden_multiple"], values["progress"]["flops"], values["digest"]
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        path.write_text(json.dumps({**values, "digest": digest}))
+    assert pool(2).run(found, runs.configuration(folder, copy.parent.name), folder, STAGE)[0] == (6, [])
+    values = runs.configuration(folder, copy.parent.name, pruning__hidden_multiple=4)
+    with pytest.raises(CheckpointError, match=r"pruning\.hidden_multiple was 8 and is 4"):
+        pool(2).run(found, values, folder, STAGE)
 
 
 def test_a_lower_learning_rate_may_be_allowed_by_name(folder: Path, pool: Any, copy: Path) -> None:
