@@ -52,7 +52,8 @@ class Arm(NamedTuple):
 
 
 def arms(task: str) -> list[Arm]:
-    """Both ends, then each dimension and all jointly. Numbers of layers and tokens are whole, so shares are near."""
+    """Both ends, then each dimension and all jointly. Numbers of layers and tokens are whole, so shares are near, and of
+    shares that come to the same the largest stands."""
     tokens = MEAN_TOKENS[task]
 
     def length(share: float) -> int:
@@ -65,7 +66,7 @@ def arms(task: str) -> list[Arm]:
         found += [Arm("width", share, f"{share / 100}h", drawn) for share in (1, 5, 25)]
         joint = {1: (1, 25, 0.16), 5: (1, 50, 0.4), 25: (2, 70, 0.7)}
         found += [Arm("joint", s, f"{k}l_{length(t)}t_{u}h", drawn) for s, (k, t, u) in joint.items()]
-    return found
+    return list({(arm.keep, arm.dimension, arm.drawn): arm for arm in found}.values())
 
 
 def main() -> None:
