@@ -52,8 +52,8 @@ class Arm(NamedTuple):
 
 
 def arms(task: str) -> list[Arm]:
-    """Both ends, then each dimension and all jointly. Numbers of layers and tokens are whole, so shares are near, and of
-    shares that come to the same the largest stands."""
+    """Both ends, then each dimension and all jointly. Numbers of layers and tokens are whole, so shares are near; of
+    shares that come to the same, the largest stands."""
     tokens = MEAN_TOKENS[task]
 
     def length(share: float) -> int:
