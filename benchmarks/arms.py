@@ -9,10 +9,8 @@ are made anew from the rows each time. Build the shards first, as the recipe min
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.steps import circumstances
 from homodistil.ranks import free_port
 
 ARMS = {
@@ -66,12 +65,6 @@ def measured(directory: Path) -> dict[str, Any]:
         "mlm_accuracy": summary["validation"]["student"]["mlm_accuracy"],
         "curve": {point["update"]: point["validation/kl"] for point in points},
     }
-
-
-def circumstances() -> dict[str, Any]:
-    """When, from which commit and on how many cores."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-    return {"date": date.today().isoformat(), "commit": commit.strip(), "cores": os.cpu_count()}
 
 
 def best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

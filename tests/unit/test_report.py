@@ -26,7 +26,7 @@ from homodistil.pruning.coordinator import PrunePlan, select
 from homodistil.pruning.record import read_prune, record_prune
 from homodistil.report import compare, pictures_of, write_report
 from homodistil.report.history import History
-from homodistil.report.units import _fates
+from homodistil.report.units import _fates, fates
 from homodistil.summary import RunSummary
 from tests.unit.test_summary import FIGURES
 
@@ -147,6 +147,10 @@ def test_the_map_of_units_shows_when_each_went(run: Path) -> None:
                     (u for (u, _), s in zip(LADDER, shapes[1:], strict=True) if unit not in s.kept[name]), np.inf
                 )
                 assert fate[row, unit] == gone
+    image = next(iter(fates(history, "").figure.axes)).images[0]  # of hidden, from above
+    assert [bool(shade > image.norm.vmax) for shade in image.get_array()[0]] == [
+        unit in shapes[-1].kept["hidden"] for unit in range(8)
+    ]
     fate = _fates(history, "vo")
     assert fate.shape == (2, 2 * 4)
     for layer in range(2):
