@@ -6,6 +6,7 @@ An error that the user can mend is printed as one message, without a traceback, 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 Settings = TypeVar("Settings", bound=BaseModel)
 AnyLaunch = TypeVar("AnyLaunch", bound="Launch")
+INTERRUPTED = 128 + signal.SIGINT
+"""What shells say of a program that Ctrl-C ended."""
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
 
 
@@ -275,7 +278,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run `NAME flags...`; exits with 2 after an error that the user can mend, with 75 if it was preempted."""
+    """Run `NAME flags...`; exits with 2 after an error that the user can mend, with 75 if it was preempted, with
+    130 after Ctrl-C where there was nothing to save."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     os.umask(os.umask(0o022) | 0o002)  # no file of ours is world-writable, whatever the machine's default
     try:
@@ -286,6 +290,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.stdout.flush()
             os._exit(error.exit_code)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:  # before a run trains, or between its results: what is on disk is whole
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
 
 
 def _command(name: str) -> Callable[[Sequence[str]], None]:

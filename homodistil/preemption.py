@@ -1,4 +1,4 @@
-"""Preemption: a machine that is about to go asks by a signal, and the run leaves in order, with a checkpoint."""
+"""Preemption: a machine that is about to go, or Ctrl-C, asks by a signal; the run leaves in order, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 from homodistil.errors import Preempted
 from homodistil.ranks import Ranks
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""Kubernetes', `kill`'s and the launchers'; Slurm's, asked for with `--signal=USR1@120`."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""Kubernetes', `kill`'s and the launchers'; Slurm's, asked for with `--signal=USR1@120`; a terminal's. None counts
+twice: torchrun hands on what the terminal gave its ranks already. A launcher kills who takes too long."""
 
 
 class Preemption:

@@ -7,6 +7,7 @@ depend on how many workers there are.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -73,7 +74,7 @@ def open_workers(count: int, mpi: bool = False) -> Iterator[Workers]:
     else:  # from a server that has only imported: a fork of this process would copy threads in whatever state they are
         context = get_context("forkserver")
         context.set_forkserver_preload(["homodistil.data.encoding"])
-        with ProcessPoolExecutor(count, mp_context=context, initializer=alone_on_a_core) as pool:
+        with ProcessPoolExecutor(count, mp_context=context, initializer=_join) as pool:
             yield Workers(count, pool)
 
 
@@ -103,6 +104,12 @@ def _mpi() -> Iterator[Workers]:
             yield Workers(MPI.COMM_WORLD.Get_size() - 1, cast(Executor, executor))
     if MPI.COMM_WORLD.Get_rank():
         sys.exit(0)
+
+
+def _join() -> None:
+    """A process of the pool: Ctrl-C reaches it as well, but the first process decides."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    alone_on_a_core()
 
 
 def alone_on_a_core(*_: Any) -> None:

@@ -59,8 +59,11 @@ def test_sigterm_to_torchrun(folder: Path) -> None:
     assert "Run the same command to resume" in launch.log.read_text()
 
 
-def test_sigterm_to_the_process_group_of_deepspeed(folder: Path) -> None:
-    preempted(processes.Launch(folder, "deepspeed", "deepspeed", **LONG), signal.SIGTERM, group=True)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_process_group_of_deepspeed(folder: Path, number: signal.Signals) -> None:
+    launch = processes.Launch(folder, "deepspeed", f"deepspeed-{number.name}", **LONG)
+    preempted(launch, number, group=True)  # SIGINT: as a terminal's Ctrl-C does
+    assert "Run the same command to resume" in launch.log.read_text()
 
 
 @pytest.mark.skipif(processes.mpirun() is None, reason="no mpirun here")

@@ -21,6 +21,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from homodistil.cli import INTERRUPTED
 from homodistil.data import readers, sampling, sources
 from homodistil.data.build import build_shards
 from homodistil.data.choice import SIMILAR
@@ -113,20 +114,26 @@ def test_processes_of_mpi_write_the_same_bytes(corpus: Path, tokenizer: Path, tm
     assert contents(tmp_path / "mpi") == contents(tmp_path / "alone")
 
 
-def test_a_killed_build_goes_on_to_the_same_bytes(corpus: Path, tokenizer: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers, ending", [("1", signal.SIGKILL), ("2", signal.SIGINT)])
+def test_a_killed_build_goes_on_to_the_same_bytes(
+    tokenizer: Path, tmp_path: Path, workers: str, ending: signal.Signals
+) -> None:
     copies = tmp_path / "copies"
     copies.mkdir()
     for number in range(12):
         write_rows(copies / f"{number:02d}.jsonl", [prose(400, 10_000 * number + row) for row in range(300)])
     build([copies], tmp_path / "whole", tokenizer)
     parts = tmp_path / ".out.partial" / "parts"
-    process = subprocess.Popen([sys.executable, *command(copies, tmp_path / "out", tokenizer, "--workers", "1")],
-                               env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    line = [sys.executable, *command(copies, tmp_path / "out", tokenizer, "--workers", workers)]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(line, env=environment(), stdout=file, stderr=file, start_new_session=True)
     deadline = time.monotonic() + 120
     while len(list(parts.glob("*.npz"))) < 4 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not (tmp_path / "out").exists()
+    os.killpg(process.pid, ending)  # as a terminal's Ctrl-C does
+    assert process.wait() == (INTERRUPTED if ending == signal.SIGINT else -ending)
+    assert "Traceback" not in log.read_text() and not (tmp_path / "out").exists()
     done = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npz")}
     assert 3 <= len(done) < 12
     read_again: list[str] = []
