@@ -1,4 +1,5 @@
 # make run        the main job: train a small teacher, then shrink a student out of it, on this machine
+# make install    .venv alone, with everything in it, but no training
 # make test       lint, types and every test that isn't marked slow (what CI runs)
 # make test-all   the slow tests as well
 # make lint       ruff and mypy alone
@@ -16,11 +17,13 @@ ARGS      ?=
 
 BENCHMARKS := step losses loader corpus prune schedule memory ranks cached codecs busy
 
-.PHONY: run test test-all lint bench clean
+.PHONY: run install test test-all lint bench clean
 
 run: $(INSTALLED)
 	$(BIN)/deepspeed --quiet $(if $(RANKS),--num_accelerators $(RANKS)) \
 	  launchers/pretrain.py --ds_config $(DS_CONFIG) $(ARGS)
+
+install: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow"

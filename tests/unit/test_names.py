@@ -28,7 +28,6 @@ from tests.unit.test_readme import SETTINGS as READMES
 SETTINGS: dict[str, type[BaseModel]] = {
     **READMES,
     "export.py": cli.Export,
-    "measure_weights.py": cli.Pretrain,
     "verify_shards.py": VerifyShards,
     "train_tokenizer.py": TrainTokenizer,
 }

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 SETTINGS = {
     "pretrain.py": cli.Pretrain,
+    "measure_weights.py": cli.Pretrain,
     "learn_filters.py": cli.LearnFilters,
     "cache_teacher.py": cli.CacheTeacher,
     "finetune.py": cli.FineTune,
