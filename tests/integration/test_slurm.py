@@ -43,17 +43,17 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def submitted(folder: Path, srun: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def submitted(folder: Path, srun: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """The script as Slurm runs it, from `folder`, with an `srun` and a `scontrol` of our own."""
     programs = folder / "bin"
-    programs.mkdir()
+    programs.mkdir(exist_ok=True)
     for name, text in {"srun": srun, "scontrol": SCONTROL}.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     ours = (str(programs), str(Path(sys.executable).parent), os.environ["PATH"])
     slurm = {"SUBMIT_DIR": str(folder), "JOB_ID": "4711", "JOB_NODELIST": "localhost", "NTASKS": "2"}
     environment = {**os.environ, "PATH": os.pathsep.join(ours), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment |= {f"SLURM_{name}": value for name, value in slurm.items()}
+    environment |= {f"SLURM_{name}": value for name, value in slurm.items()} | variables
     command = ["bash", str(SCRIPT), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
 
@@ -85,6 +85,14 @@ def test_only_a_preempted_job_is_queued_again(folder: Path, code: int, said: str
     assert submitted(folder, f"#!/bin/bash\nexit {code}").returncode == code
     heard = folder / "scontrol.said"
     assert (heard.read_text() if heard.exists() else "") == said
+
+
+@pytest.mark.parametrize("name", ["cache_teacher.py", "finetune.py"])
+def test_another_launcher_can_be_named(folder: Path, name: str) -> None:
+    say = '#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\necho "$@"'
+    assert submitted(folder, say, "--recipe", "x").stdout == "python launchers/pretrain.py --recipe x\n"
+    done = submitted(folder, say, "--recipe", "x", LAUNCHER=f"launchers/{name}")
+    assert done.stdout == f"python launchers/{name} --recipe x\n"
 
 
 def test_deepspeed_reads_the_example_of_a_hostfile() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from homodistil import cli
+from homodistil.arguments import parse
 from homodistil.config import RunConfig
-from tests.manifests import K8S, LAUNCHERS, SIZES, Object, faults, pods, render, with_launcher
+from tests.manifests import K8S, LAUNCHERS, ROOT, SIZES, Object, faults, pods, render, with_launcher
 
 FOLDERS = ["base", "shell", "data", "cache"]
 
@@ -177,6 +180,27 @@ def test_a_preempted_pod_starts_all_pods_again(rendered: dict[str, list[Object]]
     assert spec["failurePolicy"]["maxRestarts"] >= 100, "a preemption counts where another pod's end is seen first"
     assert spec["failurePolicy"]["rules"][0]["action"] == "RestartJobSetAndIgnoreMaxRestarts"
     assert spec["failurePolicy"]["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
+
+
+def test_the_overlay_of_the_documents_starts_its_script_on_four_nodes(tmp_path: Path) -> None:
+    text = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    (kustomization,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    own = with_launcher(tmp_path / "k8s", "jobset") / "overlays/own"
+    own.mkdir()
+    (own / "kustomization.yaml").write_text(kustomization)
+    (own / "recipe.yaml").write_text("extends: ted_mlm")
+    assert not faults(yaml.safe_load(kustomization))
+    objects = render(own)
+    assert not [fault for manifest in objects for fault in faults(manifest)]
+    assert of_kind(objects, "ConfigMap")["data"]["recipe.yaml"] == "extends: ted_mlm"
+    jobs = of_kind(objects, "JobSet")["spec"]["replicatedJobs"][0]["template"]["spec"]
+    container = jobs["template"]["spec"]["containers"][0]
+    nodes = next(variable["value"] for variable in container["env"] if variable["name"] == "PET_NNODES")
+    assert jobs["completions"] == jobs["parallelism"] == int(nodes) == 4
+    assert jobs["completions"] * gpus(container["resources"]) == 32
+    assert container["command"] == ["torchrun", "launchers/learn_filters.py"]
+    given = parse(cli.LearnFilters, "program", container["args"])
+    assert (given["of"], given["recipe"]) == ("teacher", "recipe/recipe.yaml")
 
 
 @pytest.mark.parametrize("size", SIZES)
