@@ -42,7 +42,7 @@ OUTSIDE_FLAGS = {
     "deepspeed": {"--num_accelerators", "--hostfile", "--num_nodes", "--master_addr"},
     "sbatch, srun, scontrol": {"--signal", "--requeue", "--mpi", "--nodes"},
     "docker, apt-get": {"--profile", "--build-arg", "--entrypoint", "--rm", "--no-install-recommends"},
-    "kubectl": {"--for", "--timeout", "--max-log-requests"},
+    "kubectl": {"--for", "--timeout", "--max-log-requests", "--cascade"},
     "mpirun": {"--bind-to", "--host", "--prtemca", "--mca"},
     "tensorboard": {"--logdir", "--bind_all", "--port"},
     "all": {"--help"},
