@@ -196,8 +196,8 @@ def _aligners(blueprint: Blueprint, shape: StudentShape) -> nn.ModuleList:
 
 
 def prepare_for_training(model: PreTrainedModel, run: RunConfig) -> None:
-    """A student that is distilled on text has no dropout: with it, KL is above zero before anything happened (SPEC
-    1.1). Whatever else is trained has the model's own, or what the recipe says."""
+    """A student that is distilled on text has no dropout: with it, KL is above zero before anything happened (ours).
+    Whatever else is trained has the model's own, or what the recipe says."""
     distilled = run.teacher.path is not None and run.task.task.is_language_modeling
     chosen = run.student.dropout if run.student.dropout is not None else 0.0 if distilled else None
     for name, module in model.named_modules():

@@ -1,7 +1,7 @@
 """Measuring the weights of the objective's terms: the factors that make their gradients equally long.
 
-At the first update KL, attention and indexed hidden losses are exactly zero, so the student that is measured is the
-one after the first rung and `SETTLING` updates more (SPEC 1.1).
+At the first update KL, attention and indexed hidden losses are exactly zero (docs/methods.md, "The objective"), so the
+student that is measured is the one after the first rung and `SETTLING` updates more.
 """
 
 from __future__ import annotations

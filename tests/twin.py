@@ -51,7 +51,7 @@ def losses(
     batch: Batch,
     kept_heads: list[list[int]] | None = None,
 ) -> dict[str, Tensor]:
-    """SPEC 1.1's four terms on a whole global batch."""
+    """The four terms of docs/methods.md, "The objective", on a whole global batch."""
     logits, hidden, scores = signals(student, batch)
     with torch.no_grad():
         t_logits, t_hidden, t_scores = signals(teacher, batch)
@@ -150,8 +150,8 @@ class Twin:
         return self._folded() if self.window else self.ema
 
     def unit_scores(self) -> dict[str, Tensor]:
-        """Group -> score of each unit: per matrix, sums normalised to 1; SPEC 1.2's table again. Heads are numbered
-        by their place in the present student."""
+        """Group -> score of each unit: per matrix, sums normalised to 1 (docs/methods.md, "What is pruned").
+        Heads are numbered by their place in the present student."""
         s = self._smoothed()
         attention = self.student.bert.encoder.layer[0].attention.self
         heads, width = attention.num_attention_heads, attention.attention_head_size
@@ -247,7 +247,7 @@ class Keep:
         return [head * self.head_width + d for head, ds in zip(self.heads[layer], dims[layer], strict=True) for d in ds]
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
-        """SPEC 1.2's table, spelled out tensor by tensor."""
+        """The slices of every group, spelled out tensor by tensor."""
         hidden = torch.tensor(self.hidden)
         if name.startswith("aligners"):
             return tensor[:, hidden] if name.endswith("weight") else tensor

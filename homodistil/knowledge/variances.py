@@ -1,5 +1,5 @@
 """Variances of a teacher's hidden states: what the right weight of the hidden term depends on, and, where no LayerNorm
-has standardised them, what their squared differences are divided by (SPEC 1.1)."""
+has standardised them, what their squared differences are divided by (ours: docs/architecture.md, "Decisions")."""
 
 # B sequences, n compared tokens, u compared units, E teacher's width
 

@@ -153,7 +153,7 @@ class DebertaFamily:
             module.config.num_hidden_layers = len(layers)
 
     def groups(self, shape: StudentShape) -> list[PrunableGroup]:
-        """SPEC 1.2's table for a model of this shape; a head's group comes before those of its dimensions."""
+        """Those of docs/methods.md, "What is pruned", for this shape; a head's comes before those of its dimensions."""
         members = self._embedding_members() + self._encoder_members(shape.layers) + self._head_members()
         groups = [PrunableGroup(HIDDEN, shape.widths.hidden, members)]
         for layer in range(shape.layers):

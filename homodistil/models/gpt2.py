@@ -104,7 +104,7 @@ class Gpt2Family:
         model.config.num_hidden_layers = len(layers)
 
     def groups(self, shape: StudentShape) -> list[PrunableGroup]:
-        """SPEC 1.2's table for a model of this shape; a head's group comes before those of its dimensions."""
+        """Those of docs/methods.md, "What is pruned", for this shape; a head's comes before those of its dimensions."""
         members = _hidden_members(shape.layers)
         if self.kind != "causal":
             members += columns(HEADS[self.kind])

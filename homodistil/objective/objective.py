@@ -1,7 +1,8 @@
 """The objective: weighted terms, each a sum over this micro-batch divided by the whole update's count.
 
-So that adding `total` over micro-batches and ranks gives the update's loss, whatever they are (SPEC: never a mean of
-means). The terms' formulas are losses.py's; where the teacher's signals come from is knowledge/'s.
+So that adding `total` over micro-batches and ranks gives the update's loss, whatever they are: never a mean of means
+(docs/methods.md, "The objective"). The terms' formulas are losses.py's; where the teacher's signals come from is
+knowledge/'s.
 """
 
 # B sequences, T tokens, L layers
@@ -55,8 +56,8 @@ class Objective(nn.Module):
     ) -> None:
         """layers: those of the student's that are compared, all by default. causal: whether a token sees those before
         it alone. hidden_variances: for each compared hidden state, what its squared difference is divided by, of
-        pre-norm families the teacher's variance (SPEC 1.1); 1 by default. Raises `ConfigError` for a Gram form that
-        does not exist."""
+        pre-norm families the teacher's variance (knowledge/variances.py); 1 by default. Raises `ConfigError` for a
+        Gram form that does not exist."""
         super().__init__()
         self.causal = causal
         self.hidden_variances = hidden_variances

@@ -1,7 +1,7 @@
 """Ladder: after which update the student goes to which widths. Which units go is the coordinator's business.
 
-K rungs, equally spaced in remaining fraction, all groups together (SPEC 1.3). In integers throughout, so that no
-rounding decides when a rung fires or how wide it is.
+K rungs, equally spaced in remaining fraction, all groups together (docs/methods.md, "When"). In integers throughout, so
+that no rounding decides when a rung fires or how wide it is.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ PUBLISHED = {
     "stsb": (20, 50, 1e-4, 16, 6, 128, 100, 5_749),
     "squad2": (10, 5000, 5e-5, 8, 3, 384, 0, 131_000),
 }
-"""a1, a2, rate, batch, epochs, length, updates of warm-up (SPEC 2.4), and GLUE's training examples."""
+"""a1, a2, rate, batch, epochs, length, updates of warm-up (TED's released code), and GLUE's training examples."""
 
 
 @pytest.mark.parametrize("task", PUBLISHED)

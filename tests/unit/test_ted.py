@@ -1,5 +1,5 @@
-"""TED against plain PyTorch written from SPEC 2: where filters stand, what stage I learns and from what, and what stage
-II compares."""
+"""TED against plain PyTorch written from its paper (section 3): where filters stand, what stage I learns and from what,
+and what stage II compares."""
 
 from __future__ import annotations
 

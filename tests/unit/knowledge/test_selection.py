@@ -59,7 +59,7 @@ def batch(masking: int = 0) -> Batch:
 
 
 def positions(choice: str, state: int, row: int, n: int, rows: Batch, scores: list[Tensor]) -> list[int]:
-    """By hand, from SPEC 3: sorted one by one, ties to the lowest."""
+    """By hand, from docs/methods.md, "The minimum knowledge": sorted one by one, ties to the lowest."""
     length = int(rows.attention_mask[row].sum())
     places = list(range(length))
     if choice == "attention_no_sep":

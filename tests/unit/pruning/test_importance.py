@@ -41,7 +41,7 @@ def update(number: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def smoothed(metric: str, updates: int) -> dict[str, Tensor]:
-    """Per-weight importance in float64, smoothed as SPEC 1.2 says, never summed."""
+    """Per-weight importance in float64, smoothed as docs/methods.md says, never summed."""
     history = []
     for number in range(updates):
         weights, gradients = update(number)
@@ -66,7 +66,7 @@ def smoothed(metric: str, updates: int) -> dict[str, Tensor]:
 
 
 def twin(s: dict[str, Tensor], across: str) -> dict[str, Tensor]:
-    """SPEC 1.2's table once more: per group, per matrix, the named tensors whose sums count together."""
+    """The groups of docs/methods.md once more: per group, per matrix, the named tensors whose sums count together."""
     emb, top = "bert.embeddings", "cls.predictions.transform"
     embed = [s[f"{emb}.word_embeddings.weight"].sum(0), s[f"{emb}.LayerNorm.weight"], s[f"{emb}.LayerNorm.bias"]]
     hidden = [embed] + [[s[f"{emb}.{kind}_embeddings.weight"].sum(0)] for kind in ("position", "token_type")]

@@ -1,4 +1,4 @@
-"""The ladder against SPEC 1.3 in exact fractions, scanned update by update."""
+"""The ladder against docs/methods.md, "When", in exact fractions, scanned update by update."""
 
 from __future__ import annotations
 
