@@ -2,8 +2,9 @@
 
 Teacher ../shared/teacher/minilm-l6-mlm, text ../shared/data/text, two ranks, ZeRO-2, teacher sharded; the student goes
 from 384 hidden, 1536 FFN to 192 (12 heads of 16), 768. Every arm runs at every learning rate of the grid and is judged
-at its best one. A finished run is a row of docs/experiments/arms.json and is not run again; the table and the curves
-are made anew from the rows each time. Build the shards first, as the recipe minilm_real says.
+at its best one. A finished run is a row of docs/experiments/arms.json and is not run again, unless --rows names another
+file; the table, and the curves beside the rows, are made anew each time. Build the shards first, as the recipe
+minilm_real says.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.steps import circumstances
+from benchmarks.steps import circumstances, kept_rows
 from homodistil.ranks import free_port
 
 ARMS = {
@@ -36,9 +37,11 @@ COMMAND = f"launchers/pretrain.py --ds_config ds_configs/zero2.json --recipe min
 
 
 def main() -> None:
-    ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter).parse_args()
-    rows = json.loads(ROWS.read_text(encoding="utf-8")) if ROWS.exists() else {}
-    ROWS.parent.mkdir(parents=True, exist_ok=True)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, default=ROWS, help="where finished rows are kept, as JSON")
+    options = parser.parse_args()
+    rows = kept_rows(options.rows)
+    options.rows.parent.mkdir(parents=True, exist_ok=True)
     for rate in LEARNING_RATES:
         for arm, flags in ARMS.items():
             name = f"{arm}-{rate}"
@@ -46,9 +49,9 @@ def main() -> None:
                 launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), *COMMAND]
                 subprocess.run([*launcher, "--run.name", name, "--optimizer.learning_rate", rate, *flags], check=True)
                 rows[name] = {"arm": arm, "learning_rate": float(rate), **measured(RUNS / name), **circumstances()}
-                ROWS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+                options.rows.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     show(list(rows.values()))
-    draw(list(rows.values())).savefig(CURVES, dpi=150)
+    draw(list(rows.values())).savefig(options.rows.with_name(CURVES.name), dpi=150)
 
 
 def measured(directory: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.intervals import interval, spread
-from benchmarks.steps import Step, carry_out, circumstances, is_done
+from benchmarks.steps import Step, carry_out, circumstances, is_done, kept_rows
 from benchmarks.ted_tasks import SETTINGS, summaries
 from homodistil.tasks import TASKS
 
@@ -74,8 +74,9 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="where data/glue and teacher/ are")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS_HERE), default=list(TASKS_HERE))
     parser.add_argument("--parallel", type=int, default=1, help="processes at a time")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="where finished rows are kept, as JSON")
     options = parser.parse_args()
-    rows: dict[str, Any] = json.loads(ROWS.read_text(encoding="utf-8")) if ROWS.exists() else {}
+    rows = kept_rows(options.rows)
     missing = [task for task in options.tasks if not rows.get(task, {}).get("complete")]
     try:
         carry_out([s for task in missing for s in steps(task, options.shared)], RUNS / "logs", options.parallel, "HSK")
@@ -85,10 +86,11 @@ def main() -> None:
             figures = {arm.name: summaries(RUNS, task, arm.name) for arm in arms(task)}
             teacher = summaries(RUNS, task, "teacher")
             rows[task] = {"teacher": teacher, "arms": figures, "complete": complete} | circumstances()
-        ROWS.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        options.rows.parent.mkdir(parents=True, exist_ok=True)
+        options.rows.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         for task, row in rows.items():
             show(task, row)
-        draw(rows)
+        draw(rows, options.rows.with_name(PICTURE.name))
 
 
 def steps(task: str, shared: Path) -> list[Step]:
@@ -135,8 +137,8 @@ def show(task: str, row: dict[str, Any]) -> None:
     console.print(table)
 
 
-def draw(rows: dict[str, Any]) -> None:
-    """KL to the teacher over the share of its hidden states, dimension by dimension."""
+def draw(rows: dict[str, Any], picture: Path) -> None:
+    """KL to the teacher over the share of its hidden states, dimension by dimension, as a PNG file."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, len(rows), squeeze=False)[0]
     for panel, (task, row) in zip(panels, rows.items(), strict=True):
@@ -158,8 +160,7 @@ def draw(rows: dict[str, Any]) -> None:
                 panel.axhline(sum(values) / len(values), color="grey", linestyle=line, label=label)
         panel.set(title=task, xscale="log", xlabel="% of the hidden states", ylabel="KL to the teacher, nats")
         panel.legend(fontsize=8)
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PICTURE, dpi=150)
+    figure.savefig(picture, dpi=150)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,16 @@ def carry_out(steps: list[Step], logs: Path, parallel: int, title: str) -> None:
                 bar.update()
 
 
+def kept_rows(file: Path) -> dict[str, Any]:
+    """A study's rows, name -> figures, as an earlier process left them; says so, since they are not run again."""
+    rows: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if rows:
+        commits = ", ".join(sorted({str(row["commit"]) for row in rows.values()}))
+        print(f"{file} has {len(rows)} rows, of commit {commits}: what is complete there is shown, not run again.")
+        print("--rows with the path of another file starts afresh.")
+    return rows
+
+
 def is_done(result: Path) -> bool:
     """Whether a step left its result, and was not stopped before its end."""
     if not result.exists() or result.name != "summary.json":

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.steps import Step, carry_out, circumstances, is_done
+from benchmarks.steps import Step, carry_out, circumstances, is_done, kept_rows
 
 RECIPES = {"mlm": "ted_mlm", "gpt2": "ted_tiny_gpt2"}
 ARMS = ("continued", "kd", "lwd", "ted", "kd+", "lwd+")
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=1, help="processes at a time")
     parser.add_argument("--rows", type=Path, default=ROWS, help="where finished rows are kept, as JSON")
     options = parser.parse_args()
-    rows: dict[str, Any] = json.loads(options.rows.read_text(encoding="utf-8")) if options.rows.exists() else {}
+    rows = kept_rows(options.rows)
     missing = [study for study in options.studies if study not in rows]
     planned = {study: steps(study, options.shared, options.shards) for study in missing}
     try:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.intervals import difference, spread
-from benchmarks.steps import Step, carry_out, circumstances, is_done
+from benchmarks.steps import Step, carry_out, circumstances, is_done, kept_rows
 from homodistil.tasks import TASKS
 
 
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=1, help="processes at a time")
     parser.add_argument("--rows", type=Path, default=ROWS, help="where finished rows are kept, as JSON")
     options = parser.parse_args()
-    rows: dict[str, Any] = json.loads(options.rows.read_text(encoding="utf-8")) if options.rows.exists() else {}
+    rows = kept_rows(options.rows)
     missing = [task for task in options.tasks if not rows.get(task, {}).get("complete")]
     try:
         carry_out([s for task in missing for s in steps(task, options.shared)], RUNS / "logs", options.parallel, "TED")
