@@ -25,8 +25,10 @@ run: $(INSTALLED)
 
 install: $(INSTALLED)
 
+# Two at a time, but for tests of whole runs, which have several processes each.
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile tests/unit tests/parity
+	$(BIN)/python -m pytest -m "not slow" tests/distributed tests/faults tests/integration
 
 test-all: lint
 	$(BIN)/python -m pytest

@@ -25,7 +25,8 @@ from homodistil.data import build
 from homodistil.data.encoding import CHARACTERS_AT_ONCE
 from homodistil.data.sources import documents
 from homodistil.data.tokenizer import open_tokenizer
-from homodistil.data.workers import Workers, cores, open_workers
+from homodistil.data.workers import Workers, open_workers
+from homodistil.hardware import cores
 from homodistil.progress import progress_bar
 
 SHARED = Path("../shared")

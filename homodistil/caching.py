@@ -42,7 +42,8 @@ def cache_teacher(
         raise ConfigError(f"recipe {run.recipe}: nothing to write without {key}. Set it.")
     run = run.with_filter_folders()
     with started_ranks() as ranks:
-        plan = plan_run(run, provide_data(run, ranks), ds_config, ranks.world_size)
+        source = provide_data(run, ranks)
+        plan = ranks.together(lambda: plan_run(run, source, ds_config, ranks.world_size))
         record(plan, teacher_ds_config, ranks, dry_run)
 
 
@@ -61,7 +62,8 @@ def _write(work: Work, plan: Plan, stream: Stream | TaskStream, teacher_ds: Deep
     ranks.once(work.check_place)
     with Claim(work.folder, ranks, key="cache.path", error=CacheError):
         ranks.once(lambda: _tried(work, work.begin))
-        model = load_model(str(plan.run.teacher.path), plan.dtype, plan.blueprint.attention, plan.task)
+        path = str(plan.run.teacher.path)
+        model = ranks.together(lambda: load_model(path, plan.dtype, plan.blueprint.attention, plan.task))
         head = None
         if plan.task.is_language_modeling:
             head = ranks.once(lambda: _tried(work, lambda: save_head(plan, model, work.folder)))

@@ -132,6 +132,12 @@ def check_layers(blueprint: Blueprint) -> None:
             f"knowledge.layers: found {len(compared.teacher)} layers, but {len(compared.student)} of the student's are "
             "compared. Give one of the teacher's for each of them."
         )
+    if min(compared.teacher, default=0) < 0 and (run.objective.attention.weight > 0 or run.filters_are_compared):
+        raise ConfigError(
+            f"knowledge.top: {run.knowledge.top} compares the student's lowest layers with the teacher's embeddings, "
+            "which have no attention and no filters. Raise it, name knowledge.layers, or set a larger "
+            "knowledge.interval."
+        )
     if run.teacher.path and len(compared.student) > teachers:
         raise ConfigError(
             f"{len(compared.student)} of the student's layers are to be compared, but the teacher has {teachers}. Set "

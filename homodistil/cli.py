@@ -19,7 +19,7 @@ from homodistil.arguments import parse
 from homodistil.config import RunConfig, Section
 from homodistil.data import commands
 from homodistil.data.commands import BuildShards, TrainTokenizer, VerifyShards
-from homodistil.errors import ConfigError, DataError, HomodistilError, Preempted, RankLostError, Stopped, nearest
+from homodistil.errors import ConfigError, HomodistilError, OutOfMemory, Preempted, RankLostError, Stopped, nearest
 from homodistil.evaluation.command import Evaluate, measure
 from homodistil.recipe import explain
 
@@ -30,6 +30,8 @@ Settings = TypeVar("Settings", bound=BaseModel)
 AnyLaunch = TypeVar("AnyLaunch", bound="Launch")
 INTERRUPTED = 128 + signal.SIGINT
 """What shells say of a program that Ctrl-C ended."""
+RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"), ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+"""Where launchers say which of all processes this is, and which of this machine's."""
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
 
 
@@ -160,7 +162,10 @@ def plan(arguments: Sequence[str]) -> None:
 
 def measure_weights(arguments: Sequence[str]) -> None:
     """Measure the weights at which a recipe's loss terms pull equally hard."""
-    _, run, student, teacher = _launched(Pretrain, Launch, "homodistil measure-weights", arguments)
+    launch, run, student, teacher = _launched(Pretrain, Launch, "homodistil measure-weights", arguments)
+
+    if launch.dry_run:
+        raise ConfigError("--dry_run: measuring weights has no forecast, only the run that has them. Leave it out.")
 
     from homodistil import weights
 
@@ -290,6 +295,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.stdout.flush()
             os._exit(error.exit_code)
         sys.exit(error.exit_code)
+    except RuntimeError as error:
+        if not _is_for_want_of_memory(error):
+            raise
+        _report(OutOfMemory(str(error)))
+        sys.exit(OutOfMemory.exit_code)
     except KeyboardInterrupt:  # before a run trains, or between its results: what is on disk is whole
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
@@ -308,6 +318,11 @@ def _overview(_: Sequence[str]) -> None:
         print(f"homodistil {name:16} {command.__doc__}")
 
 
+def _is_for_want_of_memory(error: RuntimeError) -> bool:
+    """CUDA's own class, which is known without loading torch; CPUs have words alone."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
 def _checked(settings: type[Settings], values: dict[str, Any]) -> Settings:
     try:
         return settings.model_validate(values)
@@ -316,9 +331,8 @@ def _checked(settings: type[Settings], values: dict[str, Any]) -> Settings:
 
 
 def _report(error: HomodistilError) -> None:
-    """Once for all ranks, if all of them found the same; else by each."""
-    rank = int(os.environ.get("RANK", 0))
-    alone = isinstance(error, DataError | RankLostError) and not isinstance(error, Stopped)
-    if rank == 0 or alone:
+    """By rank 0, if all ranks ended together; what flags, recipe and JSON say wrong once a machine; else by each."""
+    rank, local_rank = (int(next((os.environ[name] for name in names if name in os.environ), 0)) for names in RANKS)
+    if rank == 0 or not isinstance(error, Stopped | ConfigError) or (isinstance(error, ConfigError) and not local_rank):
         kind = "preempted" if isinstance(error, Preempted) else "error"
         print(f"{kind}{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)

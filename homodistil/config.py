@@ -8,6 +8,7 @@ recipe.py's.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -77,7 +78,7 @@ class TaskConfig(Section):
     """Folder with a benchmark's own files (train.tsv and dev.tsv, or train*.json and dev*.json); by default its
     Hugging Face dataset."""
     epochs: float | None = Field(default=None, gt=0)
-    """Passes over a benchmark's training examples; `run.updates` follows from it."""
+    """Passes over a benchmark's training examples; `run.updates` follows from it, unless a flag gives that."""
     max_length: int = Field(default=128, ge=8)
     """Tokens of an example at most; what is longer is cut, or, for SQuAD, where it is 384 by default, becomes several
     windows."""
@@ -95,6 +96,13 @@ class TaskConfig(Section):
         if isinstance(data, dict) and str(data.get("name")).startswith("squad"):
             return {"max_length": 384, **data}
         return data
+
+    @model_validator(mode="after")
+    def _of_a_benchmark(self) -> TaskConfig:
+        given = [key for key in ("epochs", "train_examples", "group_by_length") if getattr(self, key)]
+        if given and self.task.is_language_modeling:
+            raise ValueError(f"{', '.join(given)}: only for a benchmark's examples; text is counted by run.updates")
+        return self
 
     @property
     def task(self) -> Task:
@@ -373,9 +381,9 @@ class ObjectiveConfig(Section):
             raise ValueError(f"no term counts after {covered} of the updates. Let one start there, or end later")
         return self
 
-    def stage(self, update: int, updates: int) -> Stage:
-        """The stage that update `update` (1-based) of `updates` belongs to."""
-        terms = {name: getattr(self, name) for name in type(self).model_fields}
+    def stage(self, update: int, updates: int, among: Sequence[str]) -> Stage:
+        """The stage that update `update` (1-based) of `updates` belongs to, `among` these terms."""
+        terms = {name: getattr(self, name) for name in among}
         windows = {n: (round(t.start * updates), round(t.end * updates)) for n, t in terms.items() if t.weight > 0}
         borders = {0, updates, *(border for window in windows.values() for border in window)}
         first, last = max(b for b in borders if b < update), min(b for b in borders if b >= update)
@@ -533,6 +541,7 @@ class RunConfig(Section):
         """The recipe's values with `overrides` (nested dict: the command line's) on top. Raises `ConfigError`."""
         origin = Origin(recipe_path(recipe), overrides or {})
         values = merge(read_recipe(origin.path), origin.overrides)
+        _prefer_updates_to_epochs(values, origin.overrides)
         values["recipe"] = origin.path.stem
         values["run"] = {"name": origin.path.stem, **(values.get("run") or {})}
         try:
@@ -541,6 +550,21 @@ class RunConfig(Section):
             raise ConfigError(explain(error, cls, origin)) from None
         run._origin = origin
         return run
+
+    @model_validator(mode="after")
+    def _the_task_counts_without_a_teacher(self) -> RunConfig:
+        task = self.objective.task
+        if self.teacher.path is None and task.weight > 0 and (task.start, task.end) != (0, 1):
+            raise ValueError(
+                f"objective.task counts from {task.start} to {task.end} of the updates, but without teacher.path "
+                "nothing else can. Let it start at 0 and end at 1, or set teacher.path"
+            )
+        return self
+
+    def stage(self, update: int) -> Stage:
+        """The stage that update `update` (1-based) belongs to: of all terms, or of the task alone without a teacher."""
+        terms = tuple(ObjectiveConfig.model_fields) if self.teacher.path else ("task",)
+        return self.objective.stage(update, self.run.updates, terms)
 
     @property
     def has_live_teacher(self) -> bool:
@@ -554,7 +578,7 @@ class RunConfig(Section):
     def with_filter_folders(self) -> RunConfig:
         """Where filters are compared: the folders that launchers/learn_filters.py leaves for this run, unless others
         are named. A student that starts as its teacher has its teacher's."""
-        if self.objective.hidden.aligner != "filter" or self.objective.hidden.weight == 0 or self.teacher.path is None:
+        if not self.filters_are_compared:
             return self
         run = self.model_copy(deep=True)
         run.teacher.filters = run.teacher.filters or run.filter_folder("teacher")
@@ -562,9 +586,18 @@ class RunConfig(Section):
             run.student.filters = run.student.filters or run.filter_folder("student")
         return run
 
+    @property
+    def filters_are_compared(self) -> bool:
+        hidden = self.objective.hidden
+        return hidden.aligner == "filter" and hidden.weight > 0 and self.teacher.path is not None
+
+    def filter_run(self, of: str) -> str:
+        """Name of the run that learns the filters for this one."""
+        return f"{self.run.name}-{of}_filters"
+
     def filter_folder(self, of: str) -> Path:
-        """Where the filters that are learned for this run end up."""
-        return self.run.directory / f"{self.run.name}-{of}_filters" / "filters"
+        """Where they end up."""
+        return self.run.directory / self.filter_run(of) / "filters"
 
     def origin(self, key: str) -> str | None:
         """Where `section.field` was set, in words; None when it is still this file's default."""
@@ -578,3 +611,13 @@ class RunConfig(Section):
         values = self.model_dump(mode="json", exclude={"recipe"})
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def _prefer_updates_to_epochs(values: dict[str, Any], flags: dict[str, Any]) -> None:
+    """`--run.updates` stands above the passes that a recipe asks for. Raises `ConfigError` for flags of both."""
+    if (flags.get("run") or {}).get("updates") is None:
+        return
+    if str((flags.get("task") or {}).get("epochs", "none")).lower() != "none":
+        raise ConfigError("--run.updates and --task.epochs both say how long to train. Give one of them.")
+    if (values.get("task") or {}).get("epochs") is not None:
+        values["task"] = {**values["task"], "epochs": None}

@@ -82,14 +82,15 @@ class DeepSpeedConfig:
         return cls(path, stage, dtype, values)
 
     def adopted_by(self, run: RunConfig) -> RunConfig:
-        """`run` with the values that only this file sets. Raises `ConfigError` for a value set in both."""
+        """`run` with the values that only this file sets. Raises `ConfigError` for one that the
+        recipe sets otherwise."""
         run = run.model_copy(deep=True)
         for key, recipe_key in OWNED_BY_RECIPE.items():
             value = get(self.values, key)
             if value is None:
                 continue
             section, name = _section_of(run, recipe_key)
-            if place := run.origin(recipe_key):
+            if getattr(section, name) != value and (place := run.origin(recipe_key)):
                 raise ConfigError(
                     f"{key} is {value!r} in {self.path}, and {place} is {getattr(section, name)!r}: one value, set "
                     f'twice. Write "auto" in the JSON, or leave {recipe_key} out.'

@@ -34,6 +34,10 @@ class Stopped(HomodistilError):
     """All ranks end the run together, in order; rank 0 says why."""
 
 
+class Refused(Stopped):
+    """What a run needs is missing or wrong, on all ranks or on some; found before it began."""
+
+
 class DivergenceError(Stopped):
     """Ranks that should hold the same value do not."""
 
@@ -66,8 +70,22 @@ class Preempted(Stopped):
 
     exit_code = 75  # sysexits' EX_TEMPFAIL
 
-    def __init__(self, update: int) -> None:
-        super().__init__(f"the checkpoint after update {update} is complete. Run the same command to resume.")
+    def __init__(self, update: int | None) -> None:
+        """update: the last one; None between two runs of one command."""
+        done = "what is done is on disk" if update is None else f"the checkpoint after update {update} is complete"
+        super().__init__(f"{done}. Run the same command to resume.")
+
+
+class OutOfMemory(HomodistilError):
+    """A GPU or this machine has less memory than the run takes."""
+
+    def __init__(self, words: str) -> None:
+        """words: the library's."""
+        super().__init__(
+            "out of memory. The same command resumes with a smaller --data.micro_batch, which changes nothing but "
+            "rounding, or with --performance.activation_checkpointing true; --dry_run foretells what a run holds. "
+            + words.partition("\n")[0]
+        )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from homodistil.config import RunConfig
 from homodistil.data.tokenizer import open_tokenizer
 from homodistil.errors import ModelError
-from homodistil.files import share
 from homodistil.models.loading import AUTO_CLASSES, materialise, model_hash, skeleton
 from homodistil.models.shape import StudentShape, Widths
 from homodistil.student import Blueprint
@@ -76,8 +75,9 @@ def export_student(
     open_tokenizer(tokenizer).save_pretrained(partial)
     (partial / PROVENANCE).write_text(json.dumps(_provenance(blueprint.run, shape), indent=1) + "\n", encoding="utf-8")
     (partial / "README.md").write_text(_card(directory.name, model, blueprint, shape), encoding="utf-8")
+    permissions = (partial / PROVENANCE).stat().st_mode  # safetensors lets only its owner read what it writes
     for file in partial.iterdir():
-        share(file)
+        file.chmod(permissions)
     verify_export(partial, model, blueprint.family.kind)
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)

@@ -20,8 +20,10 @@ def write_durably(path: Path, write: Callable[[Path], object]) -> None:
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
+        partial.touch()
+        permissions = partial.stat().st_mode  # of any new file: safetensors lets only its owner read what it writes
         write(partial)
-        share(partial)
+        partial.chmod(permissions)
         sync(partial)
         os.replace(partial, path)
     except BaseException:
@@ -33,13 +35,6 @@ def write_durably(path: Path, write: Callable[[Path], object]) -> None:
 def write_text_durably(path: Path, text: str) -> None:
     """`text` as a whole file, in UTF-8."""
     write_durably(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def share(path: Path) -> None:
-    """Give a file the permissions of any new one: safetensors lets only its owner read what it writes."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
 
 
 def sync(path: Path) -> None:

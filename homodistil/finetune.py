@@ -20,6 +20,7 @@ from homodistil.errors import ConfigError
 from homodistil.files import write_text_durably
 from homodistil.forecast import show_forecast
 from homodistil.opening import forget_ending, provide_data
+from homodistil.preemption import Preemption
 from homodistil.run_plan import plan_run
 from homodistil.summary import RunSummary
 from homodistil.train import train
@@ -46,13 +47,16 @@ def finetune(
     run = run.with_filter_folders()
     with started_ranks() as ranks:
         source = provide_data(run, ranks)
-        plans = [plan_run(seeded(run, seed), source, ds_config, ranks.world_size) for seed in seeds]
+        plans = ranks.together(
+            lambda: [plan_run(seeded(run, seed), source, ds_config, ranks.world_size) for seed in seeds]
+        )
         if dry_run:
             return show_forecast(plans[0], ranks)
         summaries = {}
-        for seed, plan in zip(seeds, plans, strict=True):
-            ranks.once(lambda plan=plan: forget_ending(plan.run))  # type: ignore[misc]
-            summaries[seed] = train(plan, teacher_ds_config, ranks)
+        with Preemption() as preemption:
+            for seed, plan in zip(seeds, plans, strict=True):
+                ranks.once(lambda plan=plan: forget_ending(plan.run))  # type: ignore[misc]
+                summaries[seed] = train(plan, teacher_ds_config, ranks, preemption)
         ranks.once(lambda: conclude(run.run.path, run.task.task.metrics, summaries))
 
 

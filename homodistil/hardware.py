@@ -29,7 +29,12 @@ def device_name(device: torch.device) -> str:
     """As people call it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} CPU cores"
+    return f"{cores()} CPU cores"
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_freed_memory() -> None:

@@ -12,7 +12,7 @@ import math
 import resource
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -89,6 +89,7 @@ class Metrics:
         self._window = _Window()
         self.work = Work(progress.tokens, progress.flops)
         self._faint_terms: set[str] = set()
+        self._terms: set[str] = set()
         self._totals: deque[float] = deque(maxlen=SPIKE_POINTS)
         self._exits = ExitStack()
         self.prunes = progress.prunes
@@ -130,6 +131,9 @@ class Metrics:
             return
         seconds = self._clock.lap()
         means = self._window.means(self._ranks)
+        if means.keys() != self._terms:  # the total of other terms is no measure of this one
+            self._totals.clear()
+            self._terms = set(means)
         scalars = {
             **loss_scalars(self._loss_weights, means),
             "speed/tokens_per_second": self._window.work.tokens / seconds,
@@ -281,20 +285,20 @@ class _Window:
 
     def __init__(self) -> None:
         self.work = Work(0, 0.0)
-        self._updates = 0
+        self._updates: Counter[str] = Counter()
         self._sums: dict[str, Tensor] = {}
 
     def add(self, losses: Mapping[str, Tensor], work: Work) -> None:
-        self._updates += 1
         self.work += work
+        self._updates.update(losses.keys())
         for name, loss in losses.items():
             loss = loss.detach().float()
             self._sums[name] = self._sums[name] + loss if name in self._sums else loss
 
     def means(self, ranks: Ranks) -> dict[str, float]:
-        """The window's mean update. Collective."""
-        totals = ranks.sum(torch.stack(list(self._sums.values()))) / self._updates
-        return dict(zip(self._sums, totals.tolist(), strict=True))
+        """Each term's mean over those of the window's updates in which it counted. Collective."""
+        totals = ranks.sum(torch.stack(list(self._sums.values()))).tolist()
+        return {name: total / self._updates[name] for name, total in zip(self._sums, totals, strict=True)}
 
 
 class _Clock:
@@ -331,24 +335,31 @@ class _Log:
         directory.mkdir(parents=True, exist_ok=True)
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=start + 1 if start else 0)
         self._lines = _log_path(run).open("a", encoding="utf-8")
-        self._failed = False
+        self._update, self._failed = start, False
 
     def __enter__(self) -> _Log:
         return self
 
     def __exit__(self, *raised: Any) -> None:
-        self._board.close()
-        self._lines.close()
+        for part in (self._board, self._lines):  # each says once more what it could not write
+            with self._warning():
+                part.close()
 
     def write(self, update: int, scalars: Scalars) -> None:
         """One point. JSON knows no NaN or infinity: there they become null."""
+        self._update = update
         point = {tag: value if math.isfinite(value) else None for tag, value in scalars.items()}
-        try:
+        with self._warning():
             self._lines.write(json.dumps({"update": update, **point}) + "\n")
             self._lines.flush()
             for tag, value in scalars.items():
                 self._board.add_scalar(tag, value, update)
+
+    @contextmanager
+    def _warning(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             if not self._failed:
-                logger.warning("the log cannot be written from update %d on: %s", update, error)
+                logger.warning("the log cannot be written from update %d on: %s", self._update, error)
             self._failed = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -21,7 +21,6 @@ from homodistil.data.shards import ShardIndex
 from homodistil.data.stream import Stream
 from homodistil.ds_config import DeepSpeedConfig
 from homodistil.engine import StudentEngine, TeacherEngine
-from homodistil.errors import ConfigError
 from homodistil.hardware import matrix_product_flops
 from homodistil.health import Health
 from homodistil.knowledge.cached import Cache, CachedTeacher
@@ -42,24 +41,20 @@ def provide_data(run: RunConfig, ranks: Ranks) -> Source:
     """What the run reads: a benchmark's examples, or the index of `data.shards`, which are built from `data.source`
     first if they do not exist. Collective."""
     if not run.task.task.is_language_modeling:
-        return TaskData.open(run.task, tokenizer_directory(run))
+        return ranks.together(lambda: TaskData.open(run.task, tokenizer_directory(run)))
     data = run.data
     source, task = data.source, cast(LanguageTask, run.task.name)
     if source and not ranks.broadcast((data.shards / "index.json").is_file()):
         ranks.once(lambda: build_shards(source, data.shards, task=task, shards=data.lanes, progress=True))
-    return ShardIndex.load(data.shards, check_files=data.on_bad_shard == "stop")  # else whoever reads a bad one says so
+    check_files = data.on_bad_shard == "stop"  # else whoever reads a bad one says so
+    return ranks.together(lambda: ShardIndex.load(data.shards, check_files=check_files))
 
 
-def provide_teacher(run: RunConfig, ranks: Ranks, train: Callable[[RunConfig], object]) -> None:
-    """Train `teacher.recipe` first if `teacher.path` does not exist and a recipe is given. Collective."""
-    config = run.teacher
-    if config.path is None or config.recipe is None or ranks.broadcast(Path(config.path).exists()):
-        return
-    recipe = RunConfig.load(config.recipe, {"data": run.data.model_dump(include={"shards", "source", "lanes"})})
-    made = recipe.run.path / "student"
-    if made != Path(config.path):
-        raise ConfigError(f"teacher.path {config.path}: recipe {config.recipe} would leave its model in {made}.")
-    train(recipe)
+def missing_teacher(run: RunConfig, ranks: Ranks) -> RunConfig | None:
+    """The run of `teacher.recipe`, where `teacher.path` does not exist yet. Collective."""
+    if ranks.broadcast(run.teacher.path is None or Path(run.teacher.path).exists()) or run.teacher.recipe is None:
+        return None
+    return RunConfig.load(run.teacher.recipe, {"data": run.data.model_dump(include={"shards", "source", "lanes"})})
 
 
 @dataclass
@@ -155,7 +150,8 @@ def open_teacher(plan: Plan, teacher_ds: DeepSpeedConfig, ranks: Ranks) -> Teach
         return None
     if run.cache.path is not None:
         return cached_teacher(plan, ranks)
-    model = load_model(run.teacher.path, plan.dtype, plan.blueprint.attention, plan.task)
+    path = run.teacher.path
+    model = ranks.together(lambda: load_model(path, plan.dtype, plan.blueprint.attention, plan.task))
     return live_teacher(plan, model, teacher_ds, ranks)
 
 
@@ -165,7 +161,6 @@ def live_teacher(
     """An engine over the run's teacher. recorded: for a cache. Collective."""
     run, blueprint = plan.run, plan.blueprint
     sharded = is_sharded(run, ranks.world_size)
-    filtered = run.objective.hidden.aligner == "filter" and run.objective.hidden.weight > 0
     return TeacherEngine(
         model,
         plan.family,
@@ -173,7 +168,7 @@ def live_teacher(
         teacher_ds.resolved(run, ranks.world_size) if sharded else None,
         compiled=run.performance.compile,
         compared=blueprint.compared,
-        filters=run.teacher.filters if filtered else None,
+        filters=run.teacher.filters if run.filters_are_compared else None,
         selection=blueprint.selection,
         recorded=recorded,
     )
@@ -193,7 +188,7 @@ def open_student(plan: Plan, state: RunState, ranks: Ranks) -> StudentEngine:
     """The student where the run stands: from a checkpoint, or as it is before the first update. Collective."""
     settings = plan.ds_config.resolved(plan.run, ranks.world_size)
     is_frozen = plan.run.filters.of is not None  # and so in no checkpoint
-    model = first_model(plan) if is_frozen or state.student is None else None
+    model = ranks.together(lambda: first_model(plan)) if is_frozen or state.student is None else None
     return StudentEngine.build(plan.blueprint, settings, ranks, model=model, shape=state.shape, state=state.student)
 
 

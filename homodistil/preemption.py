@@ -1,4 +1,4 @@
-"""Preemption: a machine that is about to go, or Ctrl-C, asks by a signal; the run leaves in order, with a checkpoint."""
+"""Preemption: a machine that is about to go, or Ctrl-C, asks by a signal, and the run leaves in order, saved."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ twice: torchrun hands on what the terminal gave its ranks already. A launcher ki
 
 
 class Preemption:
-    """While entered, the signals only set a flag, so that an update in flight is finished first."""
+    """While entered, the signals only set a flag, so that an update in flight, or a run's ending, is finished first.
+    Entered around all of a command's runs, so that the next one does not begin."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -29,8 +30,8 @@ class Preemption:
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
 
-    def check(self, update: int, ranks: Ranks) -> Preempted | None:
-        """The reason to stop after this update, if any rank was asked to. Collective."""
+    def check(self, update: int | None, ranks: Ranks) -> Preempted | None:
+        """The reason to stop after this update, or between two runs, if any rank was asked to. Collective."""
         return Preempted(update) if ranks.any(self.requested) else None
 
     def _request(self, number: int, frame: FrameType | None) -> None:

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from homodistil.errors import ConfigError, DataError, DivergenceError, ShardError
+from homodistil.errors import ConfigError, DataError, DivergenceError, HomodistilError, Refused, ShardError
+from homodistil.hardware import cores
 
 T = TypeVar("T")
 
@@ -95,16 +96,29 @@ class Ranks:
         return value
 
     def together(self, work: Callable[[], T]) -> T:
-        """Run `work` on every rank; a `DataError` of any is a `ShardError` on all. Collective."""
-        result, fault = None, ""
+        """Run `work` on every rank; what any of them found wrong ends it on all, with the words of each that has words
+        of its own: a `ShardError` where it is data alone, else `Refused`. Collective."""
+        result, fault = None, None
         try:
             result = work()
-        except DataError as error:
-            fault = str(error)
-        if self.any(bool(fault)):
-            faults = dict.fromkeys(words for words in self.gather(fault) if words)
-            raise ShardError("\n".join(faults))
+        except HomodistilError as error:
+            fault = error
+        if self.any(fault is not None):
+            said = self.gather(None if fault is None else (str(fault), socket.gethostname()))
+            is_data = self.all(fault is None or isinstance(fault, DataError))
+            raise (ShardError if is_data else Refused)(_told(said))
         return result  # type: ignore[return-value]
+
+
+def _told(said: list[tuple[str, str] | None]) -> str:
+    """Each fault once: by itself if all ranks found it, else with the first rank that did, and its host."""
+    found: dict[str, str] = {}
+    for rank, fault in enumerate(said):
+        if fault is not None:
+            found.setdefault(fault[0], f"rank {rank} on {fault[1]}")
+    if len(found) == 1 and None not in said:
+        return next(iter(found))
+    return "\n".join(f"{who}: {words}" for words, who in found.items())
 
 
 def local_world_size() -> int:
@@ -118,7 +132,7 @@ def local_world_size() -> int:
 def share_cores() -> None:
     """Divide this host's cores between its ranks, unless the user set OMP_NUM_THREADS."""
     if "OMP_NUM_THREADS" not in os.environ or os.environ["OMP_NUM_THREADS"] == "":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
+        torch.set_num_threads(max(1, cores() // local_world_size()))
 
 
 def rendezvous() -> None:

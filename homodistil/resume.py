@@ -142,7 +142,7 @@ def _check_same_run(run: RunConfig, identity: Identity, directory: Path, manifes
         return
     listed = "; ".join(f"{key} was {before!r} and is {after!r}" for key, before, after in changed)
     allowable = [key for key, _, _ in changed if key.startswith(("optimizer.", "objective."))]
-    allow = f" If that is what you want, --checkpoint.allow_changes {' '.join(allowable)}." if allowable else ""
+    allow = f" If that is what you want, --checkpoint.allow_changes {','.join(allowable)}." if allowable else ""
     raise CheckpointError(
         f"{directory}: is from a run that computes something else: {listed}. Set it back, give this run another "
         f"--run.name, or start over with --checkpoint.resume never.{allow}"

@@ -156,5 +156,11 @@ def original_config(run: RunConfig, vocab_size: int) -> PretrainedConfig:
     if run.teacher.path is None:
         return new_config(run.student.config, vocab_size, run.task.task.kind)
     if run.teacher.recipe and not Path(run.teacher.path).exists():
-        return new_config(RunConfig.load(run.teacher.recipe).student.config, vocab_size, run.task.task.kind)
+        first = RunConfig.load(run.teacher.recipe)
+        if (made := first.run.path / "student") != Path(run.teacher.path):
+            raise ConfigError(
+                f"teacher.path {run.teacher.path} does not exist, and teacher.recipe {run.teacher.recipe} would leave "
+                f"its model in {made}. Correct the path, or set teacher.recipe to none for a model of the hub."
+            )
+        return new_config(first.student.config, vocab_size, run.task.task.kind)
     return load_config(run.teacher.path, run.task.task)

@@ -14,6 +14,7 @@ from homodistil.ds_config import DeepSpeedConfig
 from homodistil.engine import started_ranks
 from homodistil.errors import ConfigError
 from homodistil.opening import forget_ending, provide_data
+from homodistil.preemption import Preemption
 from homodistil.run_plan import draw_blueprint, plan_run
 from homodistil.student import Blueprint
 from homodistil.train import train
@@ -25,10 +26,11 @@ def learn_filters(run: RunConfig, of: Of, ds_config: DeepSpeedConfig, teacher_ds
     """What `launchers/learn_filters.py` does: learn the filters of a run's teacher, or of its student. Collective."""
     with started_ranks() as ranks:
         source = provide_data(run, ranks)
-        first = stage_one(run, of, draw_blueprint(run, source.vocab_size))
-        plan = plan_run(first, source, ds_config, ranks.world_size)
+        first = ranks.together(lambda: stage_one(run, of, draw_blueprint(run, source.vocab_size)))
+        plan = ranks.together(lambda: plan_run(first, source, ds_config, ranks.world_size))
         ranks.once(lambda: forget_ending(first))
-        train(plan, teacher_ds_config, ranks)
+        with Preemption() as preemption:
+            train(plan, teacher_ds_config, ranks, preemption)
 
 
 def stage_one(run: RunConfig, of: Of, blueprint: Blueprint) -> RunConfig:
@@ -39,7 +41,7 @@ def stage_one(run: RunConfig, of: Of, blueprint: Blueprint) -> RunConfig:
     if path is None:
         raise ConfigError(_without_a_model(run, of))
     first = run.model_copy(deep=True)
-    first.run.name = run.filter_folder(of).parent.name
+    first.run.name = run.filter_run(of)
     first.filters.of = of
     compared = blueprint.compared.teacher if of == "teacher" else blueprint.compared.student
     first.filters.layers = run.filters.layers or list(compared)

@@ -17,7 +17,7 @@ from homodistil.forecast import show_forecast, update_flops
 from homodistil.knowledge.selection import shared_units
 from homodistil.metrics import Work
 from homodistil.models.shape import HIDDEN
-from homodistil.opening import Training, forget_ending, open_training, provide_data, provide_teacher
+from homodistil.opening import Training, forget_ending, missing_teacher, open_training, provide_data
 from homodistil.preemption import Preemption
 from homodistil.pruning.coordinator import PrunePlan
 from homodistil.pruning.record import record_prune
@@ -37,22 +37,23 @@ def pretrain(
         if not dry_run:
             ranks.once(lambda: forget_ending(run))
         source = provide_data(run, ranks)
-
-        def train_teacher(first: RunConfig) -> None:
-            train(plan_run(ds_config.adopted_by(first), source, ds_config, ranks.world_size), teacher_ds_config, ranks)
-
-        plan = plan_run(run, source, ds_config, ranks.world_size)  # all that can be refused, before any training
+        plan = ranks.together(lambda: plan_run(run, source, ds_config, ranks.world_size))  # before any training
         if dry_run:
-            show_forecast(plan, ranks)
-        else:
-            provide_teacher(run, ranks, train_teacher)
-            train(plan, teacher_ds_config, ranks)
+            return show_forecast(plan, ranks)
+        with Preemption() as preemption:
+            if first := missing_teacher(run, ranks):
+                first = ds_config.adopted_by(first)
+                made = ranks.together(lambda: plan_run(first, source, ds_config, ranks.world_size))
+                train(made, teacher_ds_config, ranks, preemption)
+            train(plan, teacher_ds_config, ranks, preemption)
 
 
-def train(plan: Plan, teacher_ds_config: DeepSpeedConfig, ranks: Ranks) -> RunSummary:
+def train(plan: Plan, teacher_ds_config: DeepSpeedConfig, ranks: Ranks, preemption: Preemption) -> RunSummary:
     """A whole run, from its newest checkpoint on if there is one. Collective."""
     run, timeout = plan.run, plan.run.health.hang_timeout_seconds
-    with Preemption() as preemption, Claim(run.run.checkpoints, ranks):
+    if asked := preemption.check(None, ranks):  # while an earlier run was ending
+        raise asked
+    with Claim(run.run.checkpoints, ranks):
         with Watchdog(ranks, timeout) as watchdog:
             training = open_training(plan, teacher_ds_config, ranks)
             with training.metrics as metrics:
@@ -76,7 +77,7 @@ def distil(training: Training, preemption: Preemption, watchdog: Watchdog) -> St
     try:
         for update, batch in training.stream.updates(training.update, last):
             ranks.seed(run.run.seed, update)
-            stage = run.objective.stage(update, last)
+            stage = run.stage(update)
             losses = training.student.accumulate(batch, training.teacher, stage.terms)  # forward and backward
             training.health.compare(update, training.student)
             training.pruner.observe(training.student.fragments())  # |w * g|, on this rank's shards only

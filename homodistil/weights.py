@@ -41,7 +41,8 @@ def measure_weights(run: RunConfig, ds_config: DeepSpeedConfig, teacher_ds_confi
     without a teacher or a ladder. Collective."""
     run = run.with_filter_folders()
     with started_ranks() as ranks:
-        plan = plan_run(run, provide_data(run, ranks), ds_config, ranks.world_size)
+        source = provide_data(run, ranks)
+        plan = ranks.together(lambda: plan_run(run, source, ds_config, ranks.world_size))
         if not plan.ladder.rungs or run.teacher.path is None:
             raise ConfigError(f"recipe {run.recipe}: measure-weights needs teacher.path and a narrower pruning.target.")
         needed = plan.ladder.rungs[0].update + SETTLING + UPDATES
@@ -76,9 +77,10 @@ def _settled(
     student = open_student(plan, RunState(0, plan.start), ranks)
     pruner = PruningCoordinator(run.pruning, ladder, student.groups, ranks, run.run.seed)
     for update, batch in batches:
-        student.accumulate(batch, teacher)
+        stage = run.stage(update)
+        student.accumulate(batch, teacher, stage.terms)
         pruner.observe(student.fragments())
-        student.update(learning_rate(run.optimizer, update, run.run.updates))
+        student.update(learning_rate(run.optimizer, stage.update, stage.updates))
         if prune := pruner.plan(update):
             student = student.shrunk(prune)
             pruner.rebase(student.groups)
@@ -119,7 +121,8 @@ def _add_gradients(
 
 
 def _show(norms: dict[str, float]) -> None:
-    table = Table("term", "gradient norm", "weight", title="equal gradient norms")
+    """The first term, the task unless it has no weight, is what the others are made as strong as."""
+    table, (first, *_) = Table("term", "gradient norm", "weight", title="equal gradient norms"), norms.values()
     for term, norm in norms.items():
-        table.add_row(term, f"{norm:.4g}", f"{norms['task'] / norm:.3g}")
+        table.add_row(term, f"{norm:.4g}", f"{first / norm:.3g}")
     Console().print(table)

@@ -88,6 +88,7 @@ def execute(values: dict[str, Any], folder: Path, stage: int, fault: tuple[str, 
     """
     from homodistil import train
     from homodistil.errors import Preempted
+    from homodistil.preemption import Preemption
     from homodistil.ranks import Ranks
 
     ranks = Ranks.current()
@@ -95,8 +96,8 @@ def execute(values: dict[str, Any], folder: Path, stage: int, fault: tuple[str, 
     try:
         plan, teacher = planned(values, folder, stage)
         kind, at = fault or ("none", 0)
-        with _witnessed(seen), FAULTS[kind](at):
-            train.train(plan, teacher, ranks)
+        with _witnessed(seen), FAULTS[kind](at), Preemption() as preemption:
+            train.train(plan, teacher, ranks, preemption)
     except (Killed, Preempted):
         seen["killed"] = True
         _release_engines()  # while the frames that were left still know them

@@ -33,8 +33,9 @@ from homodistil.data.sampling import tokenizer_text
 from homodistil.data.shards import ShardIndex, SourceCount, SpecialTokens, Split
 from homodistil.data.sources import Part, parts_of
 from homodistil.data.tokenizer import open_tokenizer, train_tokenizer, vocabulary_hash
-from homodistil.data.workers import Workers, cores, open_workers
+from homodistil.data.workers import Workers, open_workers
 from homodistil.errors import DataError
+from homodistil.hardware import cores
 from homodistil.tasks import LanguageTask
 
 # N documents

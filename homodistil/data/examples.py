@@ -22,7 +22,7 @@ import numpy as np
 from homodistil.batch import VALIDATION, Attach, Batch, Piece, unchanged
 from homodistil.config import DataConfig, TaskConfig
 from homodistil.data.encoded import Encoded, Integers, encode, gather, has_types
-from homodistil.data.glue import Example, Split, read_glue
+from homodistil.data.glue import Example, Split, check_files, read_glue
 from homodistil.data.hashing import Purpose, permutation
 from homodistil.data.squad import Windows, read_squad, windows
 from homodistil.data.stream import attached
@@ -64,6 +64,8 @@ class TaskData:
     def open(cls, config: TaskConfig, tokenizer: Path, splits: Sequence[Split] = TRAIN_AND_VALIDATION) -> TaskData:
         """Read and tokenize these splits of the task. Raises `DataError` for files and tokenizer, `ConfigError` for
         windows without room."""
+        if config.path is not None and set(TRAIN_AND_VALIDATION) <= set(splits) and config.task.kind != "span":
+            check_files(config.task, config.path)
         opened = open_tokenizer(tokenizer)
         encoded: dict[Split, Encoded] = {}
         answered = None

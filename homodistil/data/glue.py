@@ -85,13 +85,28 @@ def file_name(task: Task, split: Split) -> str:
     return "dev.tsv"
 
 
-def _of_file(task: Task, file: Path) -> Iterator[Example]:
+def check_files(task: Task, path: Path) -> None:
+    """All that a run reads is there, at its end too. Raises `DataError`."""
+    for name in _file_names(task):
+        _check_there(task, path / name)
+
+
+def _file_names(task: Task) -> list[str]:
+    splits: tuple[Split, ...] = ("train", "validation", "validation_mismatched")
+    return list(dict.fromkeys(file_name(task, split) for split in splits))
+
+
+def _check_there(task: Task, file: Path) -> None:
     if not file.is_file():
         found = ", ".join(sorted(p.name for p in file.parent.glob("*.tsv"))) if file.parent.is_dir() else "no folder"
         raise DataError(
-            f"{file}: no such file. task.path must be a folder with {task.name}'s "
-            f"{file_name(task, 'train')} and {file_name(task, 'validation')}; found there: {found or 'no .tsv files'}."
+            f"{file}: no such file. task.path must be a folder with {task.name}'s {', '.join(_file_names(task))}; "
+            f"found there: {found or 'no .tsv files'}."
         )
+
+
+def _of_file(task: Task, file: Path) -> Iterator[Example]:
+    _check_there(task, file)
     lines = _lines(file)
     header = COLA_HEADER if task.name == "cola" else next(lines, (0, []))[1]
     text, pair, label = _places(task, header, str(file))

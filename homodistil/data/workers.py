@@ -78,11 +78,6 @@ def open_workers(count: int, mpi: bool = False) -> Iterator[Workers]:
             yield Workers(count, pool)
 
 
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 @contextmanager
 def _mpi() -> Iterator[Workers]:
     try:

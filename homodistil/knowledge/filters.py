@@ -134,7 +134,10 @@ def save_filters(directory: Path, weights: Mapping[str, Tensor], description: Fi
 def _load(directory: Path, _written: int) -> FilterSet:
     path = directory / DESCRIPTION
     if not path.is_file():
-        raise ModelError(f"{directory}: there is no {DESCRIPTION}, so no filters. {HOW_TO_LEARN}.")
+        raise ModelError(
+            f"{directory}: there is no {DESCRIPTION}, so no filters. {HOW_TO_LEARN}, or set "
+            "teacher.filters, student.filters to those that another run has learned."
+        )
     try:
         description = FilterDescription.model_validate_json(path.read_bytes())
         weights = load_file(directory / WEIGHTS)

@@ -78,7 +78,8 @@ def model_directory(name: str | Path) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"{name}: no such directory, and no model of that name could be had from the Hugging Face hub "
-            f"({type(error).__name__}). Check the path; without a network, download the model and give its directory."
+            f"({type(error).__name__}). Correct teacher.path or student.path; if a run leaves it there, do that run "
+            "first (the comments of a recipe say which); without a network, download the model and give its directory."
         ) from None
 
 
@@ -147,7 +148,7 @@ def for_task(config: PretrainedConfig, task: Task) -> PretrainedConfig:
     that has them in another order."""
     if task.kind in ("classification", "regression"):
         names = task.classes or ("score",)
-        found = [name for _, name in sorted((config.id2label or {}).items())]
+        found = [str(name).lower() for _, name in sorted((config.id2label or {}).items())]
         if sorted(found) == sorted(names) and found != list(names):
             raise ModelError(
                 f"{config._name_or_path}: config.json's labels are {found}, but those of {task.name} are numbered as "

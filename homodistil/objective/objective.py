@@ -96,7 +96,9 @@ class Objective(nn.Module):
         if counted is not None:
             wanted = {name: term for name, term in wanted.items() if name in counted}
         if not wanted:
-            raise ConfigError(f"objective: every term of {', '.join(terms)} has weight 0. Give one a positive weight.")
+            raise ConfigError(
+                f"objective: {', '.join(terms)}: each has weight 0, or does not count now. Give one a positive weight."
+            )
         values = {}
         if self.fused and self.kind != "regression" and teacher is not None and {"task", "kl"} <= wanted.keys():
             values = self._task_and_kl(student, teacher, batch, counts)

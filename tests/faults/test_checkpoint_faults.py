@@ -174,7 +174,7 @@ def test_a_key_that_is_newer_than_the_checkpoint_was_what_it_is_by_default(folde
 def test_a_lower_learning_rate_may_be_allowed_by_name(folder: Path, pool: Any, copy: Path) -> None:
     changes = {"optimizer__learning_rate": 1e-4, "objective": {"kl": {"weight": 2.0}}}
     values = runs.configuration(folder, copy.parent.name, **changes)
-    hint = r"--checkpoint\.allow_changes objective\.kl\.weight optimizer\.learning_rate"
+    hint = r"--checkpoint\.allow_changes objective\.kl\.weight,optimizer\.learning_rate"
     with pytest.raises(CheckpointError, match=hint):
         pool(2).run(found, values, folder, STAGE)
     allowed = ["objective.kl.weight", "optimizer.learning_rate"]

@@ -101,6 +101,11 @@ def test_filters_of_both_models_are_found_where_stage_one_leaves_them(folder: Pa
     [
         ({"knowledge": {"interval": 3}}, ["knowledge.interval", "3 does not fit", "2 layers", "[1, 2]"]),
         ({"knowledge": {"interval": 5}}, ["knowledge.interval", "[1, 2]"]),
+        ({"knowledge": {"top": 0.2}, "objective": FILTERED}, ["knowledge.top", "no filters", "knowledge.interval"]),
+        (
+            {"knowledge": {"top": 0.2}, "objective": {"hidden": {"projection_init": "random"}}},
+            ["knowledge.top", "no attention"],
+        ),
         ({"student": {"init": "random"}}, ["student.init is random", "student.path"]),
         ({"student": {"config": {"hidden_size": 4}}}, ["student.config", "made from nothing"]),
         ({"objective": {"hidden": {"aligner": "indexed"}}}, ["indexed", "student.path", "none of the teacher's"]),
@@ -111,6 +116,17 @@ def test_filters_of_both_models_are_found_where_stage_one_leaves_them(folder: Pa
 )
 def test_a_run_that_contradicts_itself_is_refused(folder: Path, sections: dict[str, Any], words: list[str]) -> None:
     refused(HomodistilError, words, folder, **sections)
+
+
+def test_the_lowest_layer_may_be_compared_with_the_teachers_embeddings(folder: Path) -> None:
+    plan = planned(folder, objective=RANDOM, knowledge={"top": 0.2})
+    assert plan.blueprint.compared.teacher[0] == -1  # the state below its first layer
+
+
+def test_a_run_in_a_folder_of_its_own_finds_its_filters(folder: Path) -> None:
+    run = run_config(folder, objective=FILTERED, run={"name": "mine/first"})
+    first = stage_one(run, "teacher", draw_blueprint(run, fixtures.VOCABULARY))
+    assert first.run.path / "filters" == run.with_filter_folders().teacher.filters
 
 
 def test_a_narrower_student_has_neither_identity_nor_the_teachers_heads(folder: Path) -> None:
@@ -197,8 +213,8 @@ def test_a_body_without_its_weights_is_refused_even_with_a_new_head(folder: Path
         load_model(tmp_path, torch.float32, task=TASKS["rte"], new_head=True)
 
 
-def test_labels_in_another_order_are_refused(folder: Path, tmp_path: Path) -> None:
-    labels = {0: "not_entailment", 1: "entailment"}
+@pytest.mark.parametrize("labels", [{0: "not_entailment", 1: "entailment"}, {0: "NOT_ENTAILMENT", 1: "ENTAILMENT"}])
+def test_labels_in_another_order_are_refused(tmp_path: Path, labels: dict[int, str]) -> None:
     fixtures.bert_config(id2label=labels, label2id={v: k for k, v in labels.items()}).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"in another|with this order"):
         load_config(tmp_path, TASKS["rte"])

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from homodistil.cli import DS_CONFIGS, main
+from homodistil.cli import DS_CONFIGS, INTERRUPTED, main
 from homodistil.config import RunConfig
-from homodistil.errors import DataError, DivergenceError
+from homodistil.errors import DataError, DivergenceError, HomodistilError, ModelError
 from homodistil.recipe import recipe_names
 
 LAUNCHERS = Path(__file__).parents[2] / "launchers"
@@ -125,18 +125,61 @@ def test_a_misspelt_command_names_the_one_that_was_meant(capsys: Any) -> None:
     assert "Did you mean 'pretrain'?" in refusal(capsys, "pretrian")
 
 
-def test_an_error_that_all_ranks_share_is_printed_by_the_first(monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setenv("RANK", "1")
-    assert refusal(capsys, "pretrain", "--recipe", "nowhere") == ""
+@pytest.mark.parametrize(("prefix", "ranks"), [("", ("RANK", "LOCAL_RANK")), ("error on rank 8", ("RANK",))])
+def test_what_is_wrong_before_the_ranks_met_is_printed_once_a_machine(
+    monkeypatch: Any, capsys: Any, prefix: str, ranks: tuple[str, ...]
+) -> None:
+    for name in ranks:
+        monkeypatch.setenv(name, "8")
+    said = refusal(capsys, "pretrain", "--recipe", "nowhere")
+    assert said.startswith(f"{prefix}: --recipe nowhere") if prefix else said == ""
 
 
-def test_an_error_of_one_rank_is_printed_by_that_rank(called: Called, monkeypatch: Any, capsys: Any) -> None:
+@pytest.mark.parametrize("error", [DataError, ModelError])
+def test_an_error_of_one_rank_is_printed_by_that_rank(
+    called: Called, monkeypatch: Any, capsys: Any, error: type[HomodistilError]
+) -> None:
     def fail(*_: Any) -> None:
-        raise DataError("held-out shard: cannot be read")
+        raise error("held-out shard: cannot be read")
 
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr("homodistil.train.pretrain", fail)
     assert "error on rank 3: held-out" in refusal(capsys, "pretrain")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory.\nTried"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_a_want_of_memory_is_answered_with_what_helps(
+    called: Called, monkeypatch: Any, capsys: Any, error: RuntimeError
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("homodistil.train.pretrain", fail)
+    said = refusal(capsys, "pretrain")
+    assert "--data.micro_batch" in said and str(error).splitlines()[0] in said
+
+
+def test_an_error_of_ours_keeps_its_traceback(called: Called, monkeypatch: Any) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("homodistil.train.pretrain", fail)
+    with pytest.raises(RuntimeError, match="shapes"):
+        main(["pretrain"])
+
+
+def test_ctrl_c_before_training_ends_with_a_word(called: Called, monkeypatch: Any, capsys: Any) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("homodistil.train.pretrain", interrupt)
+    with pytest.raises(SystemExit) as ended:
+        main(["pretrain"])
+    assert ended.value.code == INTERRUPTED and capsys.readouterr().err == "interrupted\n"
 
 
 def test_an_error_that_ends_all_ranks_together_is_printed_by_the_first(

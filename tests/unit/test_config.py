@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from homodistil.config import ObjectiveConfig, RunConfig
 from homodistil.errors import ConfigError
@@ -138,7 +139,7 @@ def test_stages_begin_where_terms_begin_or_end() -> None:
     objective = ObjectiveConfig.model_validate(
         {"task": {"weight": 0}, "hidden": {"end": 0.5}, "kl": {"start": 0.25}, "attention": {"weight": 0, "start": 0.9}}
     )
-    stages = [objective.stage(update, 8) for update in range(1, 9)]
+    stages = [objective.stage(update, 8, tuple(ObjectiveConfig.model_fields)) for update in range(1, 9)]
     assert [stage.terms for stage in stages] == [("hidden",)] * 2 + [("kl", "hidden")] * 2 + [("kl",)] * 4
     assert [(stage.update, stage.updates) for stage in stages] == [
         *((1, 2), (2, 2)),
@@ -158,6 +159,40 @@ def test_stages_begin_where_terms_begin_or_end() -> None:
 def test_some_term_counts_in_every_update(terms: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"before end|no term counts"):
         ObjectiveConfig.model_validate(terms)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"run": {"updates": "50"}}, (50, None)),
+        ({"task": {"epochs": "2"}}, (RunConfig.load("finetune").run.updates, 2)),
+        ({"run": {"updates": "50"}, "task": {"epochs": "none"}}, (50, None)),
+    ],
+)
+def test_a_flag_for_updates_stands_above_a_recipes_epochs(flags: dict[str, Any], expected: Any) -> None:
+    run = RunConfig.load("finetune", flags)
+    assert (run.run.updates, run.task.epochs) == expected
+
+
+def test_flags_for_updates_and_for_epochs_contradict_each_other() -> None:
+    with pytest.raises(ConfigError, match=r"--run\.updates and --task\.epochs"):
+        RunConfig.load("finetune", {"run": {"updates": "50"}, "task": {"epochs": "2"}})
+
+
+@pytest.mark.parametrize("given", [{"epochs": 2}, {"train_examples": 9}, {"group_by_length": True}])
+def test_text_has_no_examples(given: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=r"only for a benchmark's examples; text is counted by run\.updates"):
+        RunConfig.model_validate({"task": given})
+
+
+def test_without_a_teacher_the_task_alone_makes_stages() -> None:
+    objective = {"kl": {"start": 0.75}, "hidden": {"end": 0.75}}
+    plain = RunConfig.model_validate({"objective": objective, "run": {"updates": 100}})
+    assert plain.stage(80) == (80, 100, ("task",))
+    taught = RunConfig.model_validate({"objective": objective, "run": {"updates": 100}, "teacher": {"path": "x"}})
+    assert taught.stage(80).updates == 25
+    with pytest.raises(ValidationError, match=r"objective\.task counts from 0\.0 to 0\.5.*without teacher\.path"):
+        RunConfig.model_validate({"objective": {"task": {"end": 0.5}}})
 
 
 def test_what_may_be_left_out_can_be_taken_back_by_none() -> None:

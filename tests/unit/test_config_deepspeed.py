@@ -111,6 +111,13 @@ def test_a_value_set_in_json_and_recipe_is_refused_naming_both_places(written: A
     assert "smoke.yaml is 16" in message
 
 
+def test_a_run_that_adopted_a_value_is_repeated_with_the_same_json(written: Any, tmp_path: Path) -> None:
+    config = DeepSpeedConfig.load(written({**shipped("zero2"), "train_batch_size": 256}))
+    config.adopted_by(RunConfig()).save(tmp_path / "run.yaml")
+    again = RunConfig.load(str(tmp_path / "run.yaml"), {"run": {"name": "again"}})
+    assert config.adopted_by(again).data.global_batch == 256
+
+
 def test_a_value_set_in_json_and_on_the_command_line_is_refused_naming_both_places(written: Any) -> None:
     settings = shipped("zero2")
     settings["optimizer"]["params"]["eps"] = 1e-8

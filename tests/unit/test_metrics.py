@@ -173,6 +173,35 @@ def test_a_resumed_run_forgets_what_was_logged_beyond_its_checkpoint(tmp_path: P
     assert [event.step for event in board.Scalars("loss/task")] == [1, 2, 3, 4]
 
 
+def test_a_terms_mean_is_over_the_updates_in_which_it_counts(tmp_path: Path) -> None:
+    with Metrics(config(tmp_path, log_every=4), ALONE, 1e12) as metrics:
+        for update in range(1, 5):
+            terms = losses(hidden=6.0) if update == 1 else losses(kl=2.0)
+            metrics.record(update, terms, Work(10, 1e9), 1e-3, 0.5)
+    (point,) = points(tmp_path)
+    assert (point["loss/hidden"], point["loss/kl"]) == (6.0, 2.0)
+
+
+def test_the_total_of_other_terms_is_no_spike(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with Metrics(config(tmp_path, log_every=1), ALONE, 1e12) as metrics, caplog.at_level(logging.WARNING):
+        for update in range(1, 20):
+            terms = losses(kl=30.0) if update == 18 else losses(hidden=3.0)
+            metrics.record(update, terms, Work(10, 1e9), 1e-3, 0.5)
+    assert not [record for record in caplog.records if "total loss" in record.getMessage()]
+
+
+def test_a_log_on_a_full_disk_warns_once_and_its_end_raises_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    full = Path("/dev/full")
+    with Metrics(config(tmp_path, log_every=1), ALONE, 1e12) as metrics:
+        metrics._log._lines = full.open("a")
+        for update in (1, 2):
+            metrics.record(update, losses(task=1.0), Work(10, 1e9), 1e-3, 0.5)
+    (message,) = [record.getMessage() for record in caplog.records if "log cannot be written" in record.getMessage()]
+    assert "from update 1 on" in message
+
+
 def test_a_loss_spike_is_reported_against_the_usual_loss(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with Metrics(config(tmp_path, log_every=1), ALONE, 1e12) as metrics, caplog.at_level(logging.WARNING):
         for update in range(1, 20):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,15 @@ from safetensors.torch import load_file, save_file
 from homodistil.config import RunConfig
 from homodistil.data.shards import ShardIndex
 from homodistil.ds_config import DeepSpeedConfig
-from homodistil.errors import ConfigError, DataError, HomodistilError, ModelError, ShapeError
+from homodistil.errors import ConfigError, DataError, HomodistilError, ModelError, Preempted, ShapeError
 from homodistil.models.loading import load_model
-from homodistil.run_plan import plan_run
+from homodistil.preemption import Preemption
+from homodistil.run_plan import original_config, plan_run
+from homodistil.train import train
 from tests import fixtures
 
 ZERO2 = Path(__file__).parents[2] / "ds_configs" / "zero2.json"
+TEACHER = ZERO2.with_name("teacher_zero3.json")
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +201,23 @@ def test_layers_that_are_not_there_are_refused(
 def test_a_student_of_two_layers_is_planned(teacher: Path, shards: Path) -> None:
     plan = opened(teacher, shards, student={"layers": [0, 2]})
     assert (plan.start.layers, plan.blueprint.compared.teacher) == (2, (1, 2))
+
+
+def test_a_mistyped_teacher_is_not_taken_for_one_that_the_recipe_makes() -> None:
+    run = RunConfig.load("quickstart", {"teacher": {"path": "/models/typo"}})
+    with pytest.raises(
+        ConfigError, match=r"(?s)/models/typo does not exist.*leave its model in .*teacher.recipe to none"
+    ):
+        original_config(run, 4096)
+
+
+def test_a_signal_while_one_run_ends_keeps_the_next_from_beginning(teacher: Path, shards: Path, tmp_path: Path) -> None:
+    plan, ranks = (
+        opened(teacher, shards, run={"directory": tmp_path}),
+        fixtures.SilentRanks(0, 1, 0, torch.device("cpu")),
+    )
+    with Preemption() as preemption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Preempted, match="what is done is on disk"):
+            train(plan, DeepSpeedConfig.load_teacher(TEACHER, plan.ds_config), ranks, preemption)
+    assert not list(tmp_path.iterdir())

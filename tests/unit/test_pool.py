@@ -1,6 +1,7 @@
 """The rank pool itself: answers in order, errors with their traceback, no hang that outlives its test."""
 
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from homodistil.errors import DivergenceError
+from homodistil.errors import ConfigError, DivergenceError, HomodistilError, ModelError, Refused
 from homodistil.ranks import Ranks
 from tests.pool import RankPool, RankTraceback
 
@@ -42,6 +43,33 @@ def dies_on(rank: int) -> None:
 def test_every_rank_answers_in_rank_order(ranks_pool: RankPool) -> None:
     total = sum(range(1, ranks_pool.world_size + 1))
     assert ranks_pool.run(summed_rank, 10) == [(rank, 10.0 * total) for rank in range(ranks_pool.world_size)]
+
+
+def refusals() -> list[str]:
+    """In a rank: what is said where all find the same, where one does, and where each finds something else."""
+    ranks, said = Ranks.current(), []
+
+    def fail(error: HomodistilError) -> None:
+        raise error
+
+    everybody, one = ConfigError("no such recipe"), ModelError("no weights here")
+    for work in (
+        lambda: fail(everybody),
+        lambda: fail(one) if ranks.rank == 1 else None,
+        lambda: fail(one) if ranks.rank else fail(everybody),
+    ):
+        try:
+            ranks.together(work)
+        except Refused as error:
+            said.append(str(error))
+    return said
+
+
+def test_what_some_ranks_find_wrong_ends_all_of_them_with_its_words(pool: Callable[[int], RankPool]) -> None:
+    here = socket.gethostname()
+    expected = ["no such recipe", f"rank 1 on {here}: no weights here"]
+    expected += [f"rank 0 on {here}: no such recipe\nrank 1 on {here}: no weights here"]
+    assert pool(2).run(refusals) == [expected, expected]
 
 
 def test_processes_are_kept_between_jobs(pool: Callable[[int], RankPool]) -> None:

@@ -68,6 +68,15 @@ def tensors(batch: Batch) -> dict[str, torch.Tensor]:
     return {name: value for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
 
 
+def test_what_a_run_reads_at_its_end_is_missed_at_its_beginning(tmp_path: Path, tokenizer: Path) -> None:
+    folder = write_glue(tmp_path, "mnli", TRAIN, VALIDATION)
+    (folder / "dev_mismatched.tsv").unlink()
+    config = TaskConfig(name="mnli", path=folder, max_length=MAX_LENGTH)
+    with pytest.raises(DataError, match=r"dev_mismatched\.tsv: no such file.*dev_matched\.tsv, dev_mismatched\.tsv"):
+        TaskData.open(config, tokenizer)
+    assert TaskData.open(config, tokenizer, ["validation"]).count("validation") == VALIDATION
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_the_ranks_rows_interleaved_are_the_global_batch_of_one_rank(data: TaskData, world_size: int) -> None:
     alone = list(stream(data).updates(0, 7))

@@ -79,7 +79,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_refused_with_the_names_that_are_looked_for(tmp_path: Path) -> None:
     (tmp_path / "dev.tsv").touch()
-    with pytest.raises(DataError, match=r"dev_matched\.tsv: no such file.*train\.tsv and dev_matched.*there: dev\.tsv"):
+    with pytest.raises(DataError, match=r"dev_matched\.tsv: no such file.*train\.tsv, dev_matched.*there: dev\.tsv"):
         read_glue(TASKS["mnli"], tmp_path, "validation")
 
 
