@@ -59,7 +59,7 @@ def kept_rows(file: Path) -> dict[str, Any]:
     if rows:
         commits = ", ".join(sorted({str(row["commit"]) for row in rows.values()}))
         print(f"{file} has {len(rows)} rows, of commit {commits}: what is complete there is shown, not run again.")
-        print("--rows with the path of another file starts afresh.")
+        print("Another --rows, or --results, starts afresh.")
     return rows
 
 

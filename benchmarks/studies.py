@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.intervals import difference, spread
-from benchmarks.steps import Step, carry_out, circumstances, is_done
-from benchmarks.study_runs import MEASURES, MORE_SEEDS, RATES, RESULTS, SEEDS, SIZES, STUDIES, WIDTHS, Bench, Run
+from benchmarks.steps import Step, carry_out, circumstances, is_done, kept_rows
+from benchmarks.study_runs import MEASURES, MORE_SEEDS, RATES, SEEDS, SIZES, STUDIES, WIDTHS, Bench, Run
 from homodistil.tasks import TASKS
 
 TASK_STARTS = ("homodistil", "one_shot", "random_start")
@@ -52,12 +52,13 @@ def main() -> None:
     parser.add_argument("--extended", action="store_true", help="students of other widths and two more seeds")
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="where teacher/ and data/ are")
     parser.add_argument("--shards", type=Path, default=Path("data/studies"))
+    parser.add_argument("--results", type=Path, default=Path("docs/experiments"), help="where rows and figures are")
     parser.add_argument("--parallel", type=int, default=2, help="processes at a time")
     options = parser.parse_args()
     if not (options.shards / "index.json").is_file():
         parser.error(f"--shards {options.shards}: there are none. --help says how to build them.")
     for width in WIDTHS if options.extended else WIDTHS[:1]:
-        bench = Bench(options.size, width, options.shared, options.shards, options.parallel)
+        bench = Bench(options.size, width, options.shared, options.shards, options.results, options.parallel)
         seeds = SEEDS + MORE_SEEDS if options.extended else SEEDS
         (finetune if options.study == "finetuned" else pretrain)(bench, options.study, seeds)
 
@@ -75,7 +76,7 @@ def pretrain(bench: Bench, name: str, seeds: Sequence[int]) -> None:
     groups = {title: {arm: bench.found(arm, seeds) for arm in group} for title, group in study.groups.items()}
     for title, arms_of_group in groups.items():
         show(f"{name}, {title}: {bench.width} hidden", arms_of_group)
-    draw(groups).savefig(RESULTS / f"studies_{bench.name}_{name}.png", dpi=150)
+    draw(groups).savefig(bench.results / f"studies_{bench.name}_{name}.png", dpi=150)
 
 
 Seeds = dict[int, dict[str, Any]]
@@ -116,8 +117,8 @@ def draw(groups: dict[str, dict[str, Seeds]]) -> Figure:
 
 def finetune(bench: Bench, study: str, seeds: Sequence[int]) -> None:
     """The students of core on tasks, every student at every rate; an arm is judged at the rate best for its mean."""
-    file = RESULTS / f"studies_{bench.name}_{study}.json"
-    rows: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    file = bench.results / f"studies_{bench.name}_{study}.json"
+    rows = kept_rows(file)
     trained, results = [], {}
     for task, arm, seed, rate in product(TASK_EPOCHS, TASK_STARTS, seeds, TASK_RATES):
         name = "-".join((task, arm, rate, str(seed)))

@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.steps import Step, carry_out, circumstances, is_done
+from benchmarks.steps import Step, carry_out, circumstances, is_done, kept_rows
 
-RUNS, RESULTS = Path("runs/studies"), Path("docs/experiments")
+RUNS = Path("runs/studies")
 SEEDS = (1, 2, 3)
 MORE_SEEDS = (4, 5)
 """Besides, where a study is extended."""
@@ -109,12 +109,13 @@ class Bench:
     width: int
     shared: Path
     shards: Path
+    results: Path
     parallel: int
 
     @cached_property
     def rows(self) -> dict[str, Any]:
         """Name of a run -> its figures."""
-        return json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
+        return kept_rows(self.file)
 
     @property
     def name(self) -> str:
@@ -122,7 +123,7 @@ class Bench:
 
     @property
     def file(self) -> Path:
-        return RESULTS / f"studies_{self.name}.json"
+        return self.results / f"studies_{self.name}.json"
 
     @property
     def folder(self) -> Path:
@@ -146,7 +147,7 @@ class Bench:
         return {run.seed: self.rows[run.name] for run in runs if run.name in self.rows}
 
     def save(self) -> None:
-        RESULTS.mkdir(parents=True, exist_ok=True)
+        self.results.mkdir(parents=True, exist_ok=True)
         self.file.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
 
     def steps(self, run: Run) -> list[Step]:

@@ -40,8 +40,8 @@ def parse(model: type[BaseModel], program: str, arguments: Sequence[str]) -> dic
 
 def _parse_known(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     parsed, unknown = parser.parse_known_args(arguments)
-    for word in unknown:
-        flag = word.split("=")[0]
+    if unknown:
+        flag = unknown[0].split("=")[0]
         known = [option for option in parser._option_string_actions if option.startswith("--")]
         raise ConfigError(f"{flag}: no such flag.{nearest(flag, known)} See `{parser.prog} --help`.")
     return parsed

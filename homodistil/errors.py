@@ -1,7 +1,13 @@
 """One class per thing a user can act on. Every message says what, where, what was expected, and the mend."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class HomodistilError(Exception):
@@ -86,6 +92,12 @@ class OutOfMemory(HomodistilError):
             "rounding, or with --performance.activation_checkpointing true; --dry_run foretells what a run holds. "
             + words.partition("\n")[0]
         )
+
+
+def first_fault(error: ValidationError) -> str:
+    """Where in a file, and what."""
+    fault = error.errors()[0]
+    return f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -54,7 +54,7 @@ class FilterLearner(nn.Module):
         if config.init == "identity":
             for module in self.filters.values():
                 module.start_as_identity()  # type: ignore[operator]
-        self.heads = nn.ModuleList(_heads(blueprint, model, len(self.layers)))
+        self.heads = nn.ModuleList(_new_heads(blueprint, model, len(self.layers)))
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -100,7 +100,7 @@ def describe(blueprint: Blueprint) -> FilterDescription:
     )
 
 
-def _heads(blueprint: Blueprint, model: PreTrainedModel, count: int) -> list[nn.Module]:
+def _new_heads(blueprint: Blueprint, model: PreTrainedModel, count: int) -> list[nn.Module]:
     run, family, task = blueprint.run, blueprint.family, blueprint.run.task.task
     if task.is_language_modeling and run.filters.head == "shared":
         other = run.filters.teacher

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from homodistil.errors import CheckpointError
+from homodistil.errors import CheckpointError, first_fault
 from homodistil.files import checksum, write_text_durably
 from homodistil.fragments import SavedState
 from homodistil.metrics import Progress
@@ -94,9 +94,7 @@ class Manifest(Record):
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from None
         except ValidationError as error:
-            fault = error.errors()[0]
-            where = ".".join(map(str, fault["loc"])) or "file"
-            raise CheckpointError(f"{path}: {where}: {fault['msg']}.") from None
+            raise CheckpointError(f"{path}: {first_fault(error)}.") from None
         if manifest.format_version != FORMAT_VERSION:
             version = manifest.format_version
             raise CheckpointError(f"{path}: format_version is {version}, but this homodistil reads {FORMAT_VERSION}.")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from homodistil.data.tokenizer import NEEDED, tokenizer_hash
-from homodistil.errors import DataError
+from homodistil.errors import DataError, first_fault
 from homodistil.files import sha256
 from homodistil.tasks import LanguageTask
 
@@ -102,9 +102,7 @@ class ShardIndex(BaseModel):
         try:
             index = cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            fault = error.errors()[0]
-            where = ".".join(map(str, fault["loc"])) or "file"
-            raise DataError(f"{path}: {where}: {fault['msg']}. Rebuild with: {BUILD_COMMAND} {folder}") from None
+            raise DataError(f"{path}: {first_fault(error)}. Rebuild with: {BUILD_COMMAND} {folder}") from None
         index._check(folder)
         if check_files:
             index._check_files(folder)

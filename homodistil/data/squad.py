@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from homodistil.data.encoded import Encoded, encode, gather, has_types
 from homodistil.data.glue import Split, load_hub
-from homodistil.errors import ConfigError, DataError
+from homodistil.errors import ConfigError, DataError, first_fault
 from homodistil.tasks import Task
 
 # N windows, T tokens of a window
@@ -96,9 +96,7 @@ def _of_file(file: Path) -> list[Question]:
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error}).") from error
     except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(map(str, fault["loc"])) or "file"
-        raise DataError(f"{file}: {where}: {fault['msg']}. Expected SQuAD's own JSON; copy the file again.") from None
+        raise DataError(f"{file}: {first_fault(error)}. Expected SQuAD's own JSON; copy the file again.") from None
     paragraphs = (paragraph for article in articles for paragraph in article.paragraphs)
     return [q.model_copy(update={"context": paragraph.context}) for paragraph in paragraphs for q in paragraph.qas]
 

@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 
 from homodistil.batch import VALIDATION, Batch, Piece
 from homodistil.data.records import Numbers, RecordFile, Records
-from homodistil.errors import CacheError
+from homodistil.errors import CacheError, first_fault
 from homodistil.knowledge.recording import Recording, inputs
 from homodistil.models.base import ModelFamily
 from homodistil.signals import Knowledge
@@ -65,14 +65,12 @@ class Manifest(BaseModel):
         try:
             manifest = cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
-            fault = error.errors()[0]
-            where = ".".join(map(str, fault["loc"])) or "file"
-            fault_words = f"{where}: {fault['msg']}"
+            fault = first_fault(error)
         else:
             if manifest.format_version == FORMAT_VERSION:
                 return manifest
-            fault_words = f"format_version is {manifest.format_version}, expected {FORMAT_VERSION}"
-        raise CacheError(f"{path}: {fault_words}. Restore it, or remove {path.parent} and write it anew with: {WRITE}")
+            fault = f"format_version is {manifest.format_version}, expected {FORMAT_VERSION}"
+        raise CacheError(f"{path}: {fault}. Restore it, or remove {path.parent} and write it anew with: {WRITE}")
 
     def check_files(self, folder: Path) -> None:
         """Raise `CacheError` unless every file is there at its size."""

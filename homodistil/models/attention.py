@@ -97,7 +97,7 @@ def _kernel_function(kernel: Kernel) -> Attention:
 
 def _by_shape(module: nn.Module, query: Tensor, *arguments: Any, **settings: Any) -> tuple[Tensor, Any]:
     written_out = is_written_out("auto", query.device.type, query.shape[2])
-    return _kernel_function("eager" if written_out else "sdpa")(module, query, *arguments, **settings)
+    return (_eager if written_out else ALL_ATTENTION_FUNCTIONS["sdpa"])(module, query, *arguments, **settings)
 
 
 def _returning_queries_and_keys(attention: Attention) -> Attention:
