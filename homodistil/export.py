@@ -121,9 +121,9 @@ def refuse_to_replace_anything_else(directory: Path) -> None:
 
 
 def _provenance(run: RunConfig, shape: StudentShape) -> dict[str, object]:
-    teacher = run.teacher.path
+    models = {"teacher": run.teacher.path, "student": run.student.path}
     return {
-        "teacher": None if teacher is None else {"path": teacher, "sha256": model_hash(teacher)},
+        **{name: path and {"path": path, "sha256": model_hash(path)} for name, path in models.items()},
         "shape": shape.as_dict(),
         "run": run.model_dump(mode="json"),
     }

@@ -1,6 +1,6 @@
 """Recipes as files: where they are, what they say, and how a wrong value is put into words.
 
-The typed sections that a recipe fills are config.py's; the command line that overrides it is cli.py's.
+The typed sections that a recipe fills are config/'s; the command line that overrides it is cli.py's.
 """
 
 from __future__ import annotations
