@@ -33,6 +33,7 @@ RUNS = Path("runs/hsk_tasks")
 ROWS, PICTURE = Path("docs/experiments/hsk_tasks.json"), Path("docs/experiments/hsk_tasks.png")
 CHOSEN, DRAWN = ("attention_no_sep", "magnitude"), ("random", "random")
 MEASURES = ("task_loss", "kl")
+TICKS = (1, 5, 25, 50, 75)
 
 
 class Arm(NamedTuple):
@@ -142,7 +143,7 @@ def draw(rows: dict[str, Any], picture: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, len(rows), squeeze=False)[0]
     for panel, (task, row) in zip(panels, rows.items(), strict=True):
-        for dimension in ("depth", "length", "width", "joint"):
+        for colour, dimension in enumerate(("depth", "length", "width", "joint")):
             for drawn in (False, True):
                 here = [arm for arm in arms(task) if (arm.dimension, arm.drawn) == (dimension, drawn)]
                 points = [arm for arm in here if row["arms"][arm.name]]
@@ -150,7 +151,7 @@ def draw(rows: dict[str, Any], picture: Path) -> None:
                     continue
                 heights = [[s["kl"] for s in row["arms"][arm.name].values()] for arm in points]
                 means = [sum(height) / len(height) for height in heights]
-                style = {"linestyle": ":" if drawn else "-", "marker": "o"}
+                style = {"linestyle": ":" if drawn else "-", "marker": "o", "color": f"C{colour}"}
                 label = f"{dimension}, drawn" if drawn else dimension
                 panel.plot([arm.share for arm in points], means, label=label, **style)
         for end in ("none-0", "all-100"):
@@ -159,6 +160,8 @@ def draw(rows: dict[str, Any], picture: Path) -> None:
                 label, line = ("predictions alone", "--") if end == "none-0" else ("everything", "-")
                 panel.axhline(sum(values) / len(values), color="grey", linestyle=line, label=label)
         panel.set(title=task, xscale="log", xlabel="% of the hidden states", ylabel="KL to the teacher, nats")
+        panel.set_xticks(TICKS, map(str, TICKS))
+        panel.minorticks_off()
         panel.legend(fontsize=8)
     figure.savefig(picture, dpi=150)
 
