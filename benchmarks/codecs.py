@@ -172,10 +172,8 @@ class Scene:
         manifest = Manifest(
             identity={}, teacher_parameters=0, maskings=1, bytes_per_record=rows.training.bytes_per_record
         )
-        cache, config = Cache(Path("in memory"), manifest), plan.blueprint.teacher_config
-        return Codec(
-            rows.training, CachedTeacher(cache, config, plan.family, rows.training, rows.validation, self.head)
-        )
+        cache = Cache(Path("in memory"), manifest)
+        return Codec(rows.training, CachedTeacher(cache, plan.family, rows.training, rows.validation, self.head))
 
     def losses_of(self, codec: Codec) -> dict[str, float]:
         """Means over the batches of what is lost: of values, of the KL, of the student's gradient."""

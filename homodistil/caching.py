@@ -75,7 +75,7 @@ def _write(work: Work, plan: Plan, stream: Stream | TaskStream, teacher_ds: Deep
 
 def _write_missing(work: Work, plan: Plan, stream: Stream | TaskStream, teacher: TeacherEngine, ranks: Ranks) -> None:
     """All files that are missing, as many at a time as there are ranks. Collective."""
-    missing = ranks.broadcast(work.missing)
+    missing = ranks.once(lambda: work.missing)
     total = sum(piece.stop - piece.start for piece in missing)
     with progress_bar("caching", total, "sequence", shown=ranks.is_first) as bar:
         for start in range(0, len(missing), ranks.world_size):

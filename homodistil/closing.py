@@ -32,6 +32,9 @@ def finish(training: Training) -> RunSummary:
     assert measures is not None, "a run is validated after its last update"
     summary = _summary(training)
     weights, shape = dict(training.student.weights()), training.student.shape
+    guess = None
+    if plan.task.is_language_modeling:
+        guess = unigram(plan.run.data.shards, training.held_out, training.ranks, plan.task.prefix)
     close(training)
 
     def leave_behind() -> RunSummary:
@@ -40,7 +43,7 @@ def finish(training: Training) -> RunSummary:
             export_student(weights, plan.blueprint, shape, directory / "student", plan.tokenizer)
         else:
             save_filters(directory / "filters", weights, describe(plan.blueprint))
-        validation = _validation(plan, measures, training.held_out, training.ranks.device)
+        validation = _validation(plan, measures, guess, training.held_out, training.ranks.device)
         scored = summary.model_copy(update={"validation": validation})
         scored.write(directory)
         write_report(directory)
@@ -90,17 +93,19 @@ def _summary(training: Training) -> RunSummary:
     )
 
 
-def _validation(plan: Plan, measures: Measures, held_out: list[Batch], device: torch.device) -> Validation:
-    """Losses as measured by the engines over all ranks; speed of the stock models, on this rank's batches; a
-    benchmark's own metrics, of the stock model."""
+def _validation(
+    plan: Plan, measures: Measures, guess: Score | None, held_out: list[Batch], device: torch.device
+) -> Validation:
+    """Losses as measured by the engines, and the guess's, over all ranks; speed of the stock models, on this rank's
+    batches; a benchmark's own metrics, of the stock model."""
     run, student = plan.run, plan.run.run.path / "student"
     teacher = None
-    if measures.teacher_loss is not None and measures.teacher_accuracy is not None:
+    if measures.teacher_loss is not None:
         teacher = _score(plan.task, measures.teacher_loss, measures.teacher_accuracy)
     scores = Validation(
         teacher=teacher,
         student=_score(plan.task, measures.student_loss, measures.student_accuracy),
-        unigram=unigram(run.data.shards, held_out, plan.task.prefix) if plan.task.is_language_modeling else None,
+        unigram=guess,
         kl=measures.kl,
     )
     if run.filters.of is not None:
@@ -116,9 +121,9 @@ def _validation(plan: Plan, measures: Measures, held_out: list[Batch], device: t
     return scores
 
 
-def _score(task: Task, loss: float, accuracy: float) -> Score:
+def _score(task: Task, loss: float, accuracy: float | None) -> Score:
     own = {f"{task.prefix}_loss": loss}
-    return own if task.kind == "regression" else {**own, f"{task.prefix}_accuracy": accuracy}
+    return own if accuracy is None else {**own, f"{task.prefix}_accuracy": accuracy}
 
 
 def _speed(model: Path, plan: Plan, held_out: list[Batch], device: torch.device) -> float:

@@ -90,6 +90,7 @@ class DeepSpeedConfig:
             if value is None:
                 continue
             section, name = _section_of(run, recipe_key)
+            value = tuple(value) if isinstance(value, list) else value
             if getattr(section, name) != value and (place := run.origin(recipe_key)):
                 raise ConfigError(
                     f"{key} is {value!r} in {self.path}, and {place} is {getattr(section, name)!r}: one value, set "

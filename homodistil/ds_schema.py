@@ -42,7 +42,8 @@ class ZeroOptimization(Section):
     reduce_bucket_size: int | None = Field(default=None, gt=0)
     allgather_partitions: bool | None = None
     allgather_bucket_size: int | None = Field(default=None, gt=0)
-    round_robin_gradients: bool | None = None
+    round_robin_gradients: Literal[False] | None = None
+    """With it a partition holds other parameters than DeepSpeed's own mapping says, by which they are found."""
     sub_group_size: int | None = Field(default=None, gt=0)
     memory_efficient_linear: Literal[False] = False
     """DeepSpeed's default puts a slower linear in place of torch's, in the whole process: in the other engine too."""

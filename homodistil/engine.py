@@ -12,7 +12,7 @@ import deepspeed
 import torch
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from homodistil.batch import Batch
 from homodistil.errors import Stopped
@@ -35,7 +35,8 @@ from homodistil.student import Blueprint, Student, as_tuple
 from homodistil.zero import ZeroStudent, collect, release
 
 Trained = Student | FilterLearner
-PATIENCE = timedelta(minutes=60)  # rank 0 may be building shards meanwhile
+PATIENCE = timedelta(days=1)
+"""Of ranks that wait for rank 0, as for shards or a benchmark's metrics; while a run trains, the watchdog has less."""
 
 
 @contextmanager
@@ -233,7 +234,6 @@ class TeacherEngine:
     ) -> None:
         """Collective. `settings`: DeepSpeed JSON of a ZeRO-3 engine, or None for a replica, which can be compiled.
         compared, filters, selection, recorded: what it hands over, as FrozenModel has it."""
-        self.config: PretrainedConfig = model.config
         self.parameters = sum(p.numel() for p in model.parameters())
         module = FrozenModel(model, family, compared, filters, selection, recorded)
         if compiled:

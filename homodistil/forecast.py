@@ -51,6 +51,11 @@ def show_forecast(plan: Plan, ranks: Ranks) -> None:
         _count(planner)
         console.print(_ladder_table(planner))
         _show_outlook(console, planner.outlook(ranks.world_size), machine)
+        if (mean := plan.source.mean_length) < plan.source.sequence_length:
+            console.print(
+                f"(counted for examples of {plan.source.sequence_length} tokens, the longest there may be; they have "
+                f"{mean:.0f} on average, and a batch is as wide as its longest)"
+            )
         if ranks.world_size > 1:
             console.print("(links between ranks are not measured: communication counts as nothing)")
     ranks.barrier()

@@ -176,12 +176,12 @@ def live_teacher(
 
 def cached_teacher(plan: Plan, ranks: Ranks) -> CachedTeacher:
     """What cache_teacher.py wrote for this run. Raises `CacheError` on all ranks. Collective."""
-    folder, rows, config = plan.run.cache.path, layouts(plan), plan.blueprint.teacher_config
+    folder, rows = plan.run.cache.path, layouts(plan)
     assert folder is not None
     cache, head = ranks.once(lambda: Cache.open(folder, identity(plan))), None
     if plan.task.is_language_modeling:
         head = ranks.together(lambda: load_head(plan, cache, ranks.device))
-    return CachedTeacher(cache, config, plan.family, rows.training, rows.validation, head)
+    return CachedTeacher(cache, plan.family, rows.training, rows.validation, head)
 
 
 def open_student(plan: Plan, state: RunState, ranks: Ranks) -> StudentEngine:

@@ -112,7 +112,8 @@ class RunSummary(Figures):
 
     def _row(self, name: str, parameters: int | None, score: Score, kl: float | None) -> list[str]:
         loss = next(value for key, value in score.items() if key in LOSSES)
-        accuracy = next((value for key, value in score.items() if key.endswith("_accuracy")), None)
+        engines = next((value for key, value in score.items() if key.endswith("_accuracy")), None)
+        accuracy = score.get("accuracy", engines)  # a benchmark's own is of the stock model and of all its examples
         return [
             name,
             _cell(parameters, ","),

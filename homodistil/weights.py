@@ -16,7 +16,7 @@ from torch import Tensor
 
 from homodistil.batch import Batch
 from homodistil.config import ObjectiveConfig, RunConfig
-from homodistil.ds_config import DeepSpeedConfig
+from homodistil.ds_config import DeepSpeedConfig, micro_batch_size
 from homodistil.engine import StudentEngine, started_ranks
 from homodistil.errors import ConfigError
 from homodistil.knowledge.teacher import Teacher
@@ -64,7 +64,8 @@ def settled_norms(plan: Plan, teacher_ds_config: DeepSpeedConfig, ranks: Ranks) 
         student = _settled(plan, ranks, teacher, islice(batches, settling), bar)
     module = student.replica()
     student.close()
-    norms = gradient_norms(module, teacher, plan.run.objective, [batch for _, batch in batches], ranks)
+    size = micro_batch_size(plan.run.data.global_batch, plan.run.data.micro_batch, ranks.world_size)
+    norms = gradient_norms(module, teacher, plan.run.objective, [batch for _, batch in batches], size, ranks)
     teacher.close()
     return norms
 
@@ -89,17 +90,19 @@ def _settled(
 
 
 def gradient_norms(
-    module: Student, teacher: Teacher, config: ObjectiveConfig, batches: list[Batch], ranks: Ranks
+    module: Student, teacher: Teacher, config: ObjectiveConfig, batches: list[Batch], micro_batch: int, ranks: Ranks
 ) -> dict[str, float]:
     """Norm of the gradient of each term that has a weight, unweighted, with respect to the student's model, over all
-    `batches` and ranks. `module`: a whole fp32 student in each rank. Collective."""
+    `batches` and ranks. `module`: a whole fp32 student in each rank. micro_batch: sequences at a time. Collective."""
     parameters = list(module.model.parameters())
     norms = {}
     for term in (name for name in ObjectiveConfig.model_fields if getattr(config, name).weight > 0):
         module.objective.weights = {name: float(name == term) for name in ObjectiveConfig.model_fields}
         gradients = [torch.zeros_like(p) for p in parameters]
         for batch in batches:
-            _add_gradients(gradients, module, parameters, batch.to(ranks.device), teacher, ranks)
+            counts = ranks.sum(batch.counts(module.selection.count(batch)).vector.to(ranks.device))
+            for rows in batch.micro_batches(micro_batch):
+                _add_gradients(gradients, module, parameters, rows.to(ranks.device), teacher, counts)
         squares = torch.stack([ranks.sum(g).double().square().sum() for g in gradients])
         norms[term] = float(squares.sum().sqrt()) / len(batches)
     return norms
@@ -111,9 +114,8 @@ def _add_gradients(
     parameters: list[torch.nn.Parameter],
     batch: Batch,
     teacher: Teacher,
-    ranks: Ranks,
+    counts: Tensor,
 ) -> None:
-    counts = ranks.sum(batch.counts(module.selection.count(batch)).vector)
     total, _ = module(as_tuple(batch), as_tuple(teacher.knowledge(batch)), counts)
     for sum_, gradient in zip(gradients, torch.autograd.grad(total, parameters, allow_unused=True), strict=True):
         if gradient is not None:

@@ -65,7 +65,7 @@ class KnowledgeConfig(Section):
 
 
 def _read_share(keep: str | None) -> Share:
-    found = re.fullmatch(r"(?:(\d+)l)?_?(?:(\d+)t)?_?(?:(\d*\.?\d+)h)?", keep or "")
+    found = re.fullmatch(r"(?:(\d+)l)?(?:(?:^|_)(\d+)t)?(?:(?:^|_)(\d*\.?\d+)h)?", keep or "")
     if found is None or keep == "":
         raise ValueError(f"found {keep}, expected layers, tokens and units, or some of them, such as 1l_10t_0.1h")
     states, tokens, units = found.groups()

@@ -66,7 +66,8 @@ class RunConfig(Section):
         values = merge(read_recipe(origin.path), origin.overrides)
         _prefer_updates_to_epochs(values, origin.overrides)
         values["recipe"] = origin.path.stem
-        values["run"] = {"name": origin.path.stem, **(values.get("run") or {})}
+        if isinstance(section := values.get("run") or {}, dict):  # else its validation says what is wrong
+            values["run"] = {"name": origin.path.stem, **section}
         try:
             run = cls.model_validate(values)
         except ValidationError as error:
@@ -142,5 +143,5 @@ def _prefer_updates_to_epochs(values: dict[str, Any], flags: dict[str, Any]) -> 
         return
     if str((flags.get("task") or {}).get("epochs", "none")).lower() != "none":
         raise ConfigError("--run.updates and --task.epochs both say how long to train. Give one of them.")
-    if (values.get("task") or {}).get("epochs") is not None:
+    if isinstance(values.get("task"), dict) and values["task"].get("epochs") is not None:
         values["task"] = {**values["task"], "epochs": None}

@@ -51,6 +51,7 @@ class Encoder:
 def _opened(path: Path) -> Tokenizer:
     backend = open_tokenizer(path).backend_tokenizer
     backend.no_truncation()
+    backend.no_padding()  # a tokenizer may have been saved with both
     backend.encode_special_tokens = True  # who writes about [PAD] does not mean the token
     return backend
 

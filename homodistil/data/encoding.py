@@ -27,6 +27,8 @@ from homodistil.files import sha256, write_durably
 
 # N documents of a part, P permutations
 
+VERSION = 2
+"""Of how documents become ids: what another version had read is read again."""
 CHARACTERS_AT_ONCE, DOCUMENTS_AT_ONCE = 500_000, 10_000
 _encoder = cache(Encoder)
 """Made once a process."""
@@ -52,7 +54,7 @@ class Request:
     @cached_property
     def file(self) -> Path:
         """Beside which the part's files lie, named by everything that decides what is in them."""
-        decisive = [asdict(self.part), self.end, self.max_tokens, self.near]
+        decisive = [VERSION, asdict(self.part), self.end, self.max_tokens, self.near]
         decisive += [path.name for path in (self.tokenizer, self.quotable) if path]
         return self.folder / hashlib.sha256(json.dumps(decisive, default=str).encode()).hexdigest()[:24]
 

@@ -44,7 +44,7 @@ def _passages(file: Path) -> list[str]:
     kind = _kind(file)
     try:
         raw = file.read_bytes()
-        text = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8")
+        text = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8-sig")
         if kind in TABLES:
             rows = csv.reader(io.StringIO(text, newline="")) if kind == ".csv" else map(_cells, text.split("\n"))
             return [cell for row in rows for cell in row]

@@ -64,8 +64,8 @@ class TaskData:
     def open(cls, config: TaskConfig, tokenizer: Path, splits: Sequence[Split] = TRAIN_AND_VALIDATION) -> TaskData:
         """Read and tokenize these splits of the task. Raises `DataError` for files and tokenizer, `ConfigError` for
         windows without room."""
-        if config.path is not None and set(TRAIN_AND_VALIDATION) <= set(splits) and config.task.kind != "span":
-            check_files(config.task, config.path)
+        if config.path is not None and set(TRAIN_AND_VALIDATION) <= set(splits):
+            _check_files(config.task, config.path)
         opened = open_tokenizer(tokenizer)
         encoded: dict[Split, Encoded] = {}
         answered = None
@@ -108,6 +108,17 @@ class TaskData:
         encoded = self.splits[split]
         width = encoded.width(numbers, self.sequence_length) if width is None else width
         return encoded.batch(numbers, width, self.pad_token_id, last_token)
+
+
+def _check_files(task: Task, path: Path) -> None:
+    """What a run reads is there, at its end too, and what it is measured on is not what it trains on."""
+    if task.kind != "span":
+        check_files(task, path)
+    elif path.is_file():
+        raise DataError(
+            f"task.path {path}: one file, which the run would train on and be measured on. Give a folder with "
+            f"{task.name}'s train*.json and dev*.json."
+        )
 
 
 def updates_for(epochs: float, examples: int, global_batch: int) -> int:

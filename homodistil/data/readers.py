@@ -69,7 +69,7 @@ def _row_groups(file: Path) -> Iterator[tuple[int, int]]:
 def _lines(file: Path, longest: int = -1) -> Iterator[str]:
     """Of a file, compressed or not; those of more than `longest` characters in pieces."""
     with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as raw:
-        text = io.TextIOWrapper(raw, encoding="utf-8")
+        text = io.TextIOWrapper(raw, encoding="utf-8-sig")
         yield from iter(lambda: text.readline(longest), "")
 
 

@@ -194,7 +194,7 @@ def _blocks(path: Path) -> Iterator[Sequences]:
 
 
 def verify(folder: Path, *, progress: bool = False) -> ShardIndex:
-    """Read everything: hashes, counts, ids below the vocabulary's size, the tokenizer. Raises one `DataError`."""
+    """Read everything: hashes, counts, ids, the tokenizer. Raises one `DataError`."""
     index = ShardIndex.load(folder)
     faults = []
     if tokenizer_hash(folder / index.tokenizer_name) != index.tokenizer_sha256:
@@ -208,9 +208,12 @@ def verify(folder: Path, *, progress: bool = False) -> ShardIndex:
 
 
 def _faults(folder: Path, index: ShardIndex, entry: ShardEntry) -> list[str]:
-    path = folder / entry.name
+    path, padding = folder / entry.name, index.special_tokens.pad
     try:
-        largest = int(read_shard(folder, index, entry).max())
+        ids = read_shard(folder, index, entry)
     except DataError as error:
         return [str(error)]
-    return [] if largest < index.vocab_size else [f"{path}: id {largest}, expected below {index.vocab_size}"]
+    faults = [] if (largest := ids.max()) < index.vocab_size else [f"id {largest}, expected below {index.vocab_size}"]
+    if padding is not None and (padded := np.count_nonzero(ids == padding)):
+        faults.append(f"{padded} of {ids.size} ids are padding, which packed sequences have none of; build them again")
+    return [f"{path}: {fault}" for fault in faults]

@@ -85,7 +85,7 @@ def _only_file(folder: Path, pattern: str) -> Path:
         found = ", ".join(file.name for file in files or sorted(folder.glob("*.json"))) or "none"
         raise DataError(
             f"task.path = {folder}: expected exactly one file {pattern}; JSON files found: {found}. "
-            "Give a folder with one of each split, or the file itself."
+            "Give a folder with one of each split; to evaluate, or the file itself."
         )
     return files[0]
 

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 SQUAD = ("squad", "squad2")
 GLUE = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli")
-NOT_FILES = ("hf:", "embedded")
-"""How sources begin that are no paths."""
 PASSAGES = "a .jsonl file with a passage under `text` in each row"
 
 
@@ -226,8 +224,10 @@ def _flags(options: Evaluate, given: bool = False) -> dict[str, Any]:
 
 
 def _check_paths(options: Evaluate) -> None:
-    path = options.data.path
-    if path is not None and not path.startswith(NOT_FILES) and not Path(path).exists():
+    from homodistil.data.sources import EMBEDDED, NAMED
+
+    path, by_name = options.data.path, ("hf", EMBEDDED, *NAMED)
+    if path is not None and path.partition(":")[0] not in by_name and not Path(path).exists():
         raise ConfigError(f"--data.path {path}: no such file or folder. Check the path.")
     if path is not None and options.task == "lambada" and path.endswith((".txt", ".txt.gz")):
         raise ConfigError(f"--data.path {path}: a text file, expected {PASSAGES}. Give such a file.")

@@ -68,11 +68,18 @@ def score(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, float]:
     return {**figures, "tokens_per_second": tokens / seconds}
 
 
-def unigram(shards: Path, batches: Sequence[Batch], prefix: str = "mlm") -> dict[str, float]:
-    """mlm_loss and mlm_accuracy, or with another `prefix`, of guessing each token by how often it is trained on."""
-    guess_V = token_frequencies(shards).log()
-    sums = [measure(_only_logits(guess_V.expand(*batch.labels.shape, -1)), None, batch) for batch in batches]
-    return _figures(sums, prefix)
+def unigram(shards: Path, batches: Sequence[Batch], ranks: Ranks, prefix: str = "mlm") -> dict[str, float]:
+    """mlm_loss and mlm_accuracy, or with another `prefix`, of guessing each token by how often it is trained on.
+    batches: this rank's. Collective."""
+    frequencies_V = ranks.once(lambda: token_frequencies(shards))
+    surprise_V, likeliest = -frequencies_V.log(), frequencies_V.argmax()
+    sums = torch.zeros(3, dtype=torch.float64)
+    for batch in batches:
+        labels_BS, weights_BS = batch.labels.cpu(), batch.weights.cpu().double()
+        parts = (torch.ones_like(weights_BS), surprise_V[labels_BS], (labels_BS == likeliest).double())
+        sums += torch.stack([(part * weights_BS).sum() for part in parts])
+    slots, loss, hits = ranks.sum(sums.to(ranks.device)).tolist()
+    return {f"{prefix}_loss": loss / max(slots, 1.0), f"{prefix}_accuracy": hits / max(slots, 1.0)}
 
 
 def token_frequencies(shards: Path) -> Tensor:
@@ -104,6 +111,7 @@ def _only_logits(logits_BSV: Tensor) -> Signals:
     return Signals(hidden_states=(), queries_keys=(), attention_scale=1.0, logits=logits_BSV)
 
 
-def _figures(sums: Sequence[Tensor], prefix: str = "mlm") -> dict[str, float]:
+def _figures(sums: Sequence[Tensor]) -> dict[str, float]:
     measures = Measures.of(torch.stack(list(sums)).sum(dim=0))
-    return {f"{prefix}_loss": measures.student_loss, f"{prefix}_accuracy": measures.student_accuracy}
+    assert measures.student_accuracy is not None
+    return {"mlm_loss": measures.student_loss, "mlm_accuracy": measures.student_accuracy}

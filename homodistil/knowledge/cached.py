@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
 from homodistil.batch import VALIDATION, Batch, Piece
 from homodistil.data.records import Numbers, RecordFile, Records
@@ -178,7 +177,6 @@ class CachedTeacher:
     def __init__(
         self,
         cache: Cache,
-        config: PretrainedConfig,
         family: ModelFamily,
         training: Recording,
         validation: Recording,
@@ -186,7 +184,7 @@ class CachedTeacher:
     ) -> None:
         """training, validation: the layouts of the two kinds of rows. head: the teacher's, where rows hold its last
         hidden states."""
-        self.cache, self.config, self.parameters = cache, config, cache.manifest.teacher_parameters
+        self.cache, self.parameters = cache, cache.manifest.teacher_parameters
         self.attach: Callable[[Batch], Batch] = cache.attach
         self._family, self._training, self._validation, self._head = family, training, validation, head
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from homodistil.batch import Batch
 from homodistil.knowledge.filters import FilterSet
@@ -20,7 +20,6 @@ from homodistil.signals import Compared, Knowledge
 class Teacher(Protocol):
     """Live or cached, behind one question."""
 
-    config: PretrainedConfig
     parameters: int
 
     def knowledge(self, batch: Batch) -> Knowledge:

@@ -214,9 +214,9 @@ def _ceiling(runs: Sequence[History]) -> float:
 def _prunes(axes: Axes, run: History, color: object, ceiling: float) -> None:
     """KL on one batch before and after every prune, joined."""
     before, after = (run.curves.get(tag, Curve()) for tag in PRUNE_KL)
-    points = [
-        (u, value) for u, *pair in zip(before.updates, before.values, after.values, strict=False) for value in pair
-    ]
+    afterwards = dict(zip(after.updates, after.values, strict=True))  # one that was not finite is not there
+    pairs = zip(before.updates, before.values, strict=True)
+    points = [(u, value) for u, kl in pairs if u in afterwards for value in (kl, afterwards[u])]
     if points:
         axes.plot(*zip(*points, strict=True), color=color, linewidth=0.8, alpha=0.7)
     for update, value in points[1::2]:

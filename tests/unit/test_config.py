@@ -66,6 +66,10 @@ def test_a_value_of_the_command_line_is_blamed_on_the_command_line(recipe: Any) 
 @pytest.mark.parametrize(
     ("text", "names"),
     [
+        ("run: quick", "quick"),
+        ("task: mrpc", "mrpc"),
+        ("knowledge: {keep: _}", "1l_10t_0.1h"),
+        ("knowledge: {keep: 1l__0.1h}", "1l_10t_0.1h"),
         ("pruning: {start: 0.8, end: 0.5}", "end (0.5) must not be before start (0.8)"),
         (
             "teacher: some/model\noptimizer: {warmup: 0.3}\npruning: {target: {ffn: 8}}",

@@ -112,10 +112,12 @@ def test_a_value_set_in_json_and_recipe_is_refused_naming_both_places(written: A
 
 
 def test_a_run_that_adopted_a_value_is_repeated_with_the_same_json(written: Any, tmp_path: Path) -> None:
-    config = DeepSpeedConfig.load(written({**shipped("zero2"), "train_batch_size": 256}))
+    settings = {**shipped("zero2"), "train_batch_size": 256}
+    settings["optimizer"]["params"]["betas"] = [0.8, 0.9]
+    config = DeepSpeedConfig.load(written(settings))
     config.adopted_by(RunConfig()).save(tmp_path / "run.yaml")
-    again = RunConfig.load(str(tmp_path / "run.yaml"), {"run": {"name": "again"}})
-    assert config.adopted_by(again).data.global_batch == 256
+    again = config.adopted_by(RunConfig.load(str(tmp_path / "run.yaml"), {"run": {"name": "again"}}))
+    assert again.data.global_batch == 256 and again.optimizer.betas == (0.8, 0.9)
 
 
 def test_a_value_set_in_json_and_on_the_command_line_is_refused_naming_both_places(written: Any) -> None:
@@ -130,6 +132,12 @@ def test_a_value_set_in_json_and_on_the_command_line_is_refused_naming_both_plac
 
 def test_a_misspelt_key_names_the_nearest_right_one(written: Any) -> None:
     assert "Did you mean 'gradient_clipping'?" in refusal(written({**shipped("zero2"), "gradient_cliping": 1.0}))
+
+
+def test_an_order_of_gradients_by_which_nothing_is_found_is_refused(written: Any) -> None:
+    settings = shipped("zero2")
+    settings["zero_optimization"]["round_robin_gradients"] = True
+    assert "round_robin_gradients" in refusal(written(settings))
 
 
 def test_a_misspelt_zero_key_names_the_nearest_right_one(written: Any) -> None:

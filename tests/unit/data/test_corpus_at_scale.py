@@ -192,7 +192,18 @@ def test_plain_lines_get_the_ids_that_the_tokenizer_gives_the_whole_text(tmp_pat
     pieces += [f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0"] + (["The", "É", "T"] if cased else ["é"])
     (tmp_path / "vocab.txt").write_text("\n".join(pieces), encoding="utf-8")
     plain = open_tokenizer(tmp_path / "vocab.txt")
+    padding = plain.backend_tokenizer
+    padding.enable_padding(length=128)  # as many a published tokenizer was saved
+    padding.enable_truncation(32)
     plain.save_pretrained(tmp_path / "saved")
+    settings = json.loads((tmp_path / "saved/tokenizer.json").read_text())
+    settings |= {
+        "padding": json.loads(padding.to_str())["padding"],
+        "truncation": json.loads(padding.to_str())["truncation"],
+    }
+    (tmp_path / "saved/tokenizer.json").write_text(json.dumps(settings))
+    padding.no_padding()
+    padding.no_truncation()
     mixed = "The CAT, sing-ing.\n= [MASK] [SEP] =\nÉté über alles\nand\n\nmore: x" + "y" * 200
     texts = [mixed, "日本\nThe", "é\né", prose(300, 3)]
     backend = plain.backend_tokenizer

@@ -77,6 +77,13 @@ def test_what_a_run_reads_at_its_end_is_missed_at_its_beginning(tmp_path: Path, 
     assert TaskData.open(config, tokenizer, ["validation"]).count("validation") == VALIDATION
 
 
+def test_one_file_of_questions_is_no_run(tmp_path: Path, tokenizer: Path) -> None:
+    write_squad(tmp_path, impossible=False)
+    config = TaskConfig(name="squad", path=tmp_path / "dev-v0.json", max_length=MAX_LENGTH)
+    with pytest.raises(DataError, match=r"dev-v0\.json: one file, which the run would train on and be measured on"):
+        TaskData.open(config, tokenizer)
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_the_ranks_rows_interleaved_are_the_global_batch_of_one_rank(data: TaskData, world_size: int) -> None:
     alone = list(stream(data).updates(0, 7))

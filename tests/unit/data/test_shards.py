@@ -65,6 +65,19 @@ def test_ids_beyond_the_vocabulary_are_found(copy: Path) -> None:
         verify(copy)
 
 
+def test_padding_within_packed_sequences_is_found(copy: Path) -> None:
+    index = ShardIndex.load(copy)
+    entry = index.splits["train"][0]
+    rows = read_shard(copy, index, entry)
+    rows[3, 5:9] = index.special_tokens.pad
+    written = write_shard(
+        copy / entry.name, [rows[i : i + SEQUENCES_PER_MEMBER] for i in range(0, len(rows), SEQUENCES_PER_MEMBER)]
+    )
+    edit_index(copy, lambda values: values["splits"]["train"][0].update(written.model_dump()))
+    with pytest.raises(DataError, match=rf"{entry.name}: 4 of \d+ ids are padding"):
+        verify(copy)
+
+
 def test_another_tokenizer_is_found(copy: Path) -> None:
     path = copy / "tokenizer" / "tokenizer.json"
     path.write_text(path.read_text().replace('"the"', '"thee"'))

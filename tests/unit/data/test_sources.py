@@ -106,6 +106,17 @@ def test_section_headings_do_not_start_documents(tmp_path: Path) -> None:
     assert len(list(documents([str(tmp_path / "wiki.txt")]))) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.txt", "= A =\n\nwords here\n"), ("a.jsonl", '{"text": "words here"}\n')]
+)
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / name).write_text(content, encoding="utf-8")
+    marked, plain = (list(documents([str(folder / name)])) for folder in (tmp_path, tmp_path / "plain"))
+    assert [one.text for one in marked] == [one.text for one in plain] and plain[0].text.endswith("words here")
+
+
 def test_text_is_composed_and_its_white_space_single() -> None:
     assert clean("  cafe\u0301\u00a0 noir\t\x00\u200bagain ") == "café noir again"
 

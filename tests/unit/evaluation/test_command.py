@@ -131,6 +131,7 @@ def test_a_benchmark_gets_the_settings_of_its_training(
         ("--task mrpc --model bert --data.stride 3", "no use for it, only squad, squad2."),
         ("--task lambada --model gpt2 --data.path rows.jsonl --predictions p", "--predictions p: --task lambada has"),
         ("--task perplexity --model gpt2 --data.path gone.txt", "--data.path gone.txt: no such file or folder."),
+        ("--task perplexity --model gpt2 --data.path wikipedias", "--data.path wikipedias: no such file or folder."),
         ("--task perplexity --model gone --data.path text.txt", "--model gone: no such folder"),
         ("--task lambada --model gpt2 --data.path text.txt", "--data.path text.txt: a text file, expected a .jsonl"),
         ("--task mlm --model bert --data.shards shards --output gone/o.json", "--output gone/o.json: expected a file"),
@@ -141,6 +142,11 @@ def test_a_benchmark_gets_the_settings_of_its_training(
 )
 def test_what_does_not_go_together_is_refused_by_its_flag(command: str, words: str, here: Path, capsys: Any) -> None:
     assert words in refusal(capsys, command)
+
+
+@pytest.mark.parametrize("name", ["wikipedia", "openwebtext:somewhere/else", "hf:some/name", "embedded"])
+def test_a_source_that_has_a_name_is_no_missing_file(name: str, here: Path, capsys: Any) -> None:
+    assert "--model gone: no such folder" in refusal(capsys, f"--task perplexity --model gone --data.path {name}")
 
 
 def test_the_models_kind_is_looked_at_before_the_text(here: Path, capsys: Any) -> None:

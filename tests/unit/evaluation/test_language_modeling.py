@@ -6,6 +6,7 @@ import json
 import math
 import tarfile
 from collections import Counter
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from homodistil.config import DataConfig
 from homodistil.data.stream import Stream
 from homodistil.errors import ModelError
 from homodistil.evaluation.language_modeling import evaluate_mlm, token_frequencies, unigram
+from homodistil.ranks import Ranks
 from tests.fixtures import FIRST_WORD, VOCABULARY, SilentRanks, batch, save_bert, save_shards
+from tests.pool import RankPool
 
 ALONE = SilentRanks(0, 1, 0, torch.device("cpu"))
 
@@ -88,15 +91,24 @@ def test_the_unigram_guess_is_scored_at_weighted_slots_only(shards: Path) -> Non
     ]
     scored = [label for label, weight in slots if weight]
     assert 0 < len(scored) < len(slots)
-    guess = unigram(shards, batches)
+    guess = unigram(shards, batches, ALONE)
     assert guess["mlm_loss"] == pytest.approx(np.mean([-math.log(frequency[label]) for label in scored]))
     assert guess["mlm_accuracy"] == pytest.approx(np.mean([label == frequency.argmax() for label in scored]))
+
+
+def guess_by_rank(shards: Path) -> dict[str, float]:
+    return unigram(shards, [batch(seed=1 + Ranks.current().rank)], Ranks.current())
+
+
+def test_the_guess_is_that_of_all_ranks_text(shards: Path, pool: Callable[[int], RankPool]) -> None:
+    alone = unigram(shards, [batch(seed=1), batch(seed=2)], ALONE)
+    assert pool(2).run(guess_by_rank, shards) == [pytest.approx(alone)] * 2
 
 
 def test_a_guess_from_the_text_beats_an_untrained_model(shards: Path, model: Path) -> None:
     stream = Stream(DataConfig(shards=shards, lanes=4, global_batch=8), seed=0, ranks=ALONE)
     held_out = stream.validation(12, 4)
-    assert unigram(shards, held_out)["mlm_loss"] < evaluate_mlm(model, shards, 12, 4)["mlm_loss"] - 0.3
+    assert unigram(shards, held_out, ALONE)["mlm_loss"] < evaluate_mlm(model, shards, 12, 4)["mlm_loss"] - 0.3
 
 
 def test_a_directory_without_its_head_is_refused_by_name(shards: Path, model: Path, tmp_path: Path) -> None:

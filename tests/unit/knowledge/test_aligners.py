@@ -49,6 +49,25 @@ def test_a_random_projection_starts_elsewhere_with_a_zero_bias() -> None:
     assert align.projection.bias.count_nonzero() == 0
 
 
+def test_indexed_units_in_bf16_differ_by_what_the_states_differ_by() -> None:
+    wide, kept, generator = 512, 384, torch.Generator().manual_seed(0)
+    shape = StudentShape.full(1, Widths(hidden=wide, ffn=8, heads=2, head_width=wide // 2))
+    narrow = shape.narrowed({**shape.kept, HIDDEN: tuple(range(kept))})
+    (align,) = build_aligners(_term("indexed"), narrow, states=1)
+    teacher = torch.randn(2, 8, wide, generator=generator)
+    student = (teacher[..., :kept] + 0.01 * torch.randn(2, 8, kept, generator=generator)).bfloat16()
+    units = teacher.abs().topk(64, dim=-1).indices.sort(dim=-1).values
+    handed = teacher.bfloat16().gather(-1, units)
+    ours, theirs = align(student, handed, units)
+    found = (ours - theirs).double().square().sum()
+    exact = torch.zeros((), dtype=torch.float64)
+    for row, token in ((r, t) for r in range(2) for t in range(8)):
+        here = [unit for unit in units[row, token].tolist() if unit < kept]
+        pairs = student[row, token, here].double() - teacher[row, token, here].bfloat16().double()
+        exact += pairs.square().sum() * 64 / len(here)
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=0)
+
+
 def test_indexed_compares_the_teachers_own_dimensions_and_owns_nothing() -> None:
     aligners = build_aligners(_term("indexed"), NARROW, states=1)
     student, teacher = aligners[0](_states(3, seed=0), _states(6, seed=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,6 +39,14 @@ def test_means_are_per_slot_that_has_a_target() -> None:
     kl = sum(t * math.log(t / s) for q, r in zip(p_t, p_s, strict=True) for t, s in zip(q, r, strict=True))
     assert found.kl == pytest.approx(kl / len(slots))
     assert found.slots == len(slots)
+
+
+def test_a_regression_has_no_accuracy() -> None:
+    rows = _batch()
+    student, teacher = (signals(rows, TEACHER, seed) for seed in (0, 1))
+    scores = [replace(one, logits=one.logits[..., :1]) for one in (student, teacher)]
+    found = Measures.of(measure(*scores, replace(rows, labels=rows.labels.float()), "regression"))
+    assert (found.student_accuracy, found.teacher_accuracy) == (None, None) and found.kl is not None
 
 
 def test_a_model_that_is_right_everywhere_has_accuracy_one() -> None:
