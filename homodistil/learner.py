@@ -68,7 +68,7 @@ class FilterLearner(nn.Module):
         slots and the filters' mean loss and hits, as measures.measure gives them."""
         rows = Batch(*batch)  # type: ignore[arg-type]
         with torch.no_grad():
-            states = self.family.signals(self.model, rows).hidden_states
+            states = self.family.signals(self.model, rows, with_logits=False).hidden_states
         logits = [
             self.family.logits(head, filter_(states[layer + 1]), rows)
             for layer, filter_, head in zip(self.layers, self.filters.values(), self._heads(), strict=True)

@@ -76,8 +76,8 @@ class ModelFamily(Protocol):
         head width, computes the same scores: sqrt(d_new / d_original) on each query weight and bias."""
         ...
 
-    def signals(self, model: PreTrainedModel, batch: Batch) -> Signals:
-        """One forward pass; vocabulary logits only at the scored positions."""
+    def signals(self, model: PreTrainedModel, batch: Batch, with_logits: bool = True) -> Signals:
+        """One forward pass; vocabulary logits only at the scored positions. with_logits: else (B, S, 0) of them."""
         ...
 
     def head(self, model: PreTrainedModel) -> nn.Module:

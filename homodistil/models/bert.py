@@ -128,7 +128,7 @@ class BertFamily:
         queries = [f"{_layer(layer)}.attention.self.query" for layer in range(shape.layers)]
         return {f"{query}.{kind}": factor for query in queries for kind in ("weight", "bias")}
 
-    def signals(self, model: PreTrainedModel, batch: Batch) -> Signals:
+    def signals(self, model: PreTrainedModel, batch: Batch, with_logits: bool = True) -> Signals:
         """One forward pass. `model` must use an attention function that hands out (query, key) as its weights.
 
         Modules are called and their parameters never read here, so that ZeRO-3 gathers them in time.
@@ -140,11 +140,14 @@ class BertFamily:
             output_hidden_states=True,
             output_attentions=True,
         )
+        last = outputs.last_hidden_state
         return Signals(
             hidden_states=tuple(outputs.hidden_states),
             queries_keys=tuple(outputs.attentions),
             attention_scale=next(_attentions(model)).scaling,
-            logits=self.logits(self.head(model), outputs.last_hidden_state, batch),
+            logits=self.logits(self.head(model), last, batch)
+            if with_logits
+            else last.new_empty(*batch.labels.shape[:2], 0),
         )
 
     def head(self, model: Any) -> nn.Module:

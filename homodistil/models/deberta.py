@@ -190,7 +190,7 @@ class DebertaFamily:
         queries = [f"{_attention(layer)}.{query}" for layer in range(shape.layers) for query in self.parts.query_maps]
         return {f"{query}.{kind}": factor for query in queries for kind in ("weight", "bias")}
 
-    def signals(self, model: PreTrainedModel, batch: Batch) -> Signals:
+    def signals(self, model: PreTrainedModel, batch: Batch, with_logits: bool = True) -> Signals:
         """One forward pass. Queries and keys are those of contents.
 
         Stock code reads two tables past the modules that own them, the relative positions and, in a head that is not
@@ -204,11 +204,14 @@ class DebertaFamily:
             output_hidden_states=True,
             output_attentions=True,
         )
+        last = outputs.last_hidden_state
         return Signals(
             hidden_states=tuple(outputs.hidden_states),
             queries_keys=tuple(outputs.attentions),
             attention_scale=1 / math.sqrt(next(attentions(model)).original_head_width),
-            logits=self.logits(self.head(model), outputs.last_hidden_state, batch),
+            logits=self.logits(self.head(model), last, batch)
+            if with_logits
+            else last.new_empty(*batch.labels.shape[:2], 0),
         )
 
     def head(self, model: Any) -> nn.Module:

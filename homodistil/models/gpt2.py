@@ -144,7 +144,7 @@ class Gpt2Family:
         maps = [f"{_layer(layer)}.attn.c_attn" for layer in range(shape.layers)]
         return {f"{name}.{part}": factors.flatten() for name in maps for part in ("weight", "bias")}
 
-    def signals(self, model: PreTrainedModel, batch: Batch) -> Signals:
+    def signals(self, model: PreTrainedModel, batch: Batch, with_logits: bool = True) -> Signals:
         """One forward pass. `model` must use an attention function that hands out (query, key) as its weights.
 
         Modules are called and their parameters never read here, so that ZeRO-3 gathers them in time.
@@ -158,11 +158,14 @@ class Gpt2Family:
             output_hidden_states=True,
             output_attentions=True,
         )
+        last = outputs.last_hidden_state
         return Signals(
             hidden_states=tuple(outputs.hidden_states),
             queries_keys=tuple(outputs.attentions),
             attention_scale=next(_attentions(model)).scaling,
-            logits=self.logits(self._last_map(model), outputs.last_hidden_state, batch),
+            logits=self.logits(self._last_map(model), last, batch)
+            if with_logits
+            else last.new_empty(*batch.labels.shape[:2], 0),
         )
 
     def head(self, model: Any) -> nn.Module:
