@@ -84,18 +84,25 @@ def check_fits(directory: Path, config: PretrainedConfig, shards: Path, index: S
 def load_stock(directory: Path, dtype: str, kind: Kind = "masked") -> PreTrainedModel:
     """The language model in a directory, of any architecture, in eval mode, on the host. Raises `ModelError`."""
     check_kind(directory, kind)
+    model = load_whole(directory, dtype, kind, WORDS[kind], f"saved with its {WORDS[kind].replace(' ', '-')} head")
+    model.config.use_cache = False  # keys and values for words to come, which nobody asks for
+    return model
+
+
+def load_whole(directory: Path, dtype: str, kind: Kind, words: str, whose: str) -> PreTrainedModel:
+    """A model of this kind in eval mode, on the host. words: what it is; whose: what a checkpoint must be to have all
+    its weights. Raises `ModelError` where some are missing."""
     try:
         model, report = AUTO_CLASSES[kind].from_pretrained(
             directory, dtype=dtype, local_files_only=True, output_loading_info=True
         )
     except UNREADABLE as error:
-        raise ModelError(f"{directory}: no {WORDS[kind]} to load: {error}") from error
+        raise ModelError(f"{directory}: no {words} to load: {error}") from error
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
             f"{directory}: {', '.join(missing)} missing, so its scores would be those of random numbers. "
-            f"Expected a checkpoint saved with its {WORDS[kind].replace(' ', '-')} head."
+            f"Expected a checkpoint {whose}."
         )
-    model.config.use_cache = False  # keys and values for words to come, which nobody asks for
     return model.eval()
 
 

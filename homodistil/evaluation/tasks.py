@@ -14,9 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import PreTrainedModel
@@ -29,8 +27,9 @@ from homodistil.data.glue import Split
 from homodistil.errors import ModelError
 from homodistil.evaluation.glue import glue_metrics
 from homodistil.evaluation.squad import Spans, answers, best_spans, squad_metrics
+from homodistil.evaluation.stock import load_whole
 from homodistil.files import write_text_durably
-from homodistil.models.loading import AUTO_CLASSES, HEAD_WORDS
+from homodistil.models.loading import HEAD_WORDS
 from homodistil.progress import progress_bar
 from homodistil.tasks import Task
 
@@ -72,20 +71,11 @@ def evaluate_task(model: Path, config: TaskConfig, micro_batch: int, dtype: str 
 def load_task_model(directory: Path, task: Task, dtype: str) -> PreTrainedModel:
     """The model of any architecture in a directory, with its head for `task`, in eval mode. Raises `ModelError` for
     weights that are missing, and for labels that are not the task's or in another order."""
-    try:
-        model, report = AUTO_CLASSES[task.kind].from_pretrained(
-            directory, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, StrictDataclassError) as error:
-        raise ModelError(f"{directory}: no model for task {task.name} to load: {error}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ModelError(
-            f"{directory}: {', '.join(missing)} missing, so its scores would be those of random numbers. "
-            f"Expected a checkpoint that was trained on {task.name}, saved with its {HEAD_WORDS[task.kind]} head."
-        )
+    whose = f"that was trained on {task.name}, saved with its {HEAD_WORDS[task.kind]} head"
+    model = load_whole(directory, dtype, task.kind, f"model for task {task.name}", whose)
     if task.kind != "span":
         _check_labels(directory, model, task)
-    return model.eval()
+    return model
 
 
 def _check_labels(directory: Path, model: PreTrainedModel, task: Task) -> None:
