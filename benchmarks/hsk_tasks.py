@@ -8,8 +8,6 @@ does (Liu et al., ACL 2021) stands one of equal size that is drawn. A step that 
 
 from __future__ import annotations
 
-import json
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.intervals import interval, spread
-from benchmarks.steps import Step, carry_out, circumstances, is_done, kept_rows
+from benchmarks.steps import Step, study_of_tasks
 from benchmarks.ted_tasks import SETTINGS, summaries
 from homodistil.tasks import TASKS
 
@@ -71,27 +69,15 @@ def arms(task: str) -> list[Arm]:
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="where data/glue and teacher/ are")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS_HERE), default=list(TASKS_HERE))
-    parser.add_argument("--parallel", type=int, default=1, help="processes at a time")
-    parser.add_argument("--rows", type=Path, default=ROWS, help="where finished rows are kept, as JSON")
-    options = parser.parse_args()
-    rows = kept_rows(options.rows)
-    missing = [task for task in options.tasks if not rows.get(task, {}).get("complete")]
-    try:
-        carry_out([s for task in missing for s in steps(task, options.shared)], RUNS / "logs", options.parallel, "HSK")
-    finally:
-        for task in missing:
-            complete = all(is_done(step.result) for step in steps(task, options.shared))
-            figures = {arm.name: summaries(RUNS, task, arm.name) for arm in arms(task)}
-            teacher = summaries(RUNS, task, "teacher")
-            rows[task] = {"teacher": teacher, "arms": figures, "complete": complete} | circumstances()
-        options.rows.parent.mkdir(parents=True, exist_ok=True)
-        options.rows.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        for task, row in rows.items():
-            show(task, row)
-        draw(rows, options.rows.with_name(PICTURE.name))
+    rows, file = study_of_tasks(__doc__, TASKS_HERE, ROWS, RUNS / "logs", steps, collected)
+    for task, row in rows.items():
+        show(task, row)
+    draw(rows, file.with_name(PICTURE.name))
+
+
+def collected(task: str) -> dict[str, Any]:
+    figures = {arm.name: summaries(RUNS, task, arm.name) for arm in arms(task)}
+    return {"teacher": summaries(RUNS, task, "teacher"), "arms": figures}
 
 
 def steps(task: str, shared: Path) -> list[Step]:

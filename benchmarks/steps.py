@@ -9,6 +9,8 @@ import json
 import os
 import subprocess
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import date
@@ -51,6 +53,37 @@ def carry_out(steps: list[Step], logs: Path, parallel: int, title: str) -> None:
                 future.result()
                 done.add(step.name)
                 bar.update()
+
+
+def study_of_tasks(
+    doc: str | None,
+    tasks: Iterable[str],
+    kept: Path,
+    logs: Path,
+    steps: Callable[[str, Path], list[Step]],
+    collected: Callable[[str], dict[str, Any]],
+) -> tuple[dict[str, Any], Path]:
+    """What a study of several tasks of GLUE does: its flags, a task's steps, and a row of what is collected of a task,
+    complete or not, if there is anything. Returns the rows, and where they are kept."""
+    parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="where data/glue and teacher/ are")
+    parser.add_argument("--tasks", nargs="+", choices=list(tasks), default=list(tasks))
+    parser.add_argument("--parallel", type=int, default=1, help="processes at a time")
+    parser.add_argument("--rows", type=Path, default=kept, help="where finished rows are kept, as JSON")
+    options = parser.parse_args()
+    rows = kept_rows(options.rows)
+    missing = [task for task in options.tasks if not rows.get(task, {}).get("complete")]
+    planned = {task: steps(task, options.shared) for task in missing}
+    try:
+        carry_out([step for of_task in planned.values() for step in of_task], logs, options.parallel, logs.parent.name)
+    finally:
+        for task, of_task in planned.items():
+            if found := collected(task):
+                complete = all(is_done(step.result) for step in of_task)
+                rows[task] = found | circumstances() | {"complete": complete}
+        options.rows.parent.mkdir(parents=True, exist_ok=True)
+        options.rows.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return rows, options.rows
 
 
 def kept_rows(file: Path) -> dict[str, Any]:

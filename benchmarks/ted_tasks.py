@@ -9,7 +9,6 @@ filters. A finished task is not run again; of one that was interrupted, the seed
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.intervals import difference, spread
-from benchmarks.steps import Step, carry_out, circumstances, is_done, kept_rows
+from benchmarks.steps import Step, is_done, study_of_tasks
 from homodistil.tasks import TASKS
 
 
@@ -52,23 +51,7 @@ RUNS, ROWS = Path("runs/ted_tasks"), Path("docs/experiments/ted_tasks.json")
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--shared", type=Path, default=Path("../shared"), help="where data/glue and teacher/ are")
-    parser.add_argument("--tasks", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--parallel", type=int, default=1, help="processes at a time")
-    parser.add_argument("--rows", type=Path, default=ROWS, help="where finished rows are kept, as JSON")
-    options = parser.parse_args()
-    rows = kept_rows(options.rows)
-    missing = [task for task in options.tasks if not rows.get(task, {}).get("complete")]
-    try:
-        carry_out([s for task in missing for s in steps(task, options.shared)], RUNS / "logs", options.parallel, "TED")
-    finally:
-        for task in missing:
-            if summaries(RUNS, task, "ted"):
-                complete = all(is_done(step.result) for step in steps(task, options.shared))
-                rows[task] = collected(task) | circumstances() | {"complete": complete}
-        options.rows.parent.mkdir(parents=True, exist_ok=True)
-        options.rows.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    rows, _ = study_of_tasks(__doc__, SETTINGS, ROWS, RUNS / "logs", steps, collected)
     show({task: row for task, row in rows.items() if task in SETTINGS})
 
 
@@ -130,7 +113,9 @@ def knowledge(arm: str, setting: Setting) -> list[str]:
 
 
 def collected(task: str) -> dict[str, Any]:
-    """Every seed's figures of every arm, and what teacher and student had before."""
+    """Every seed's figures of every arm, and what teacher and student had before, as soon as TED has one."""
+    if not summaries(RUNS, task, "ted"):
+        return {}
     return {name: summaries(RUNS, task, name) for name in ("teacher", "student", *ARMS)}
 
 
