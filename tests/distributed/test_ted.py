@@ -136,6 +136,7 @@ def test_filters_of_a_shrinking_student_survive_prunes_and_checkpoints(
     assert not any(report.values()) and loaded.config.hidden_size == 42
 
 
+@pytest.mark.slow
 def test_stages_of_zero_agree_on_a_shrinking_students_filters(folder: Path, pool: Any, filters: Path) -> None:
     for stage in (2, 3):
         name = f"agree-{stage}"

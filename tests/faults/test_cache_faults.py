@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -313,7 +314,8 @@ def read_together() -> tuple[int, str]:
 
 
 def test_what_one_rank_cannot_read_stops_all_of_them(pool: Any) -> None:
-    assert pool(2).run(read_together) == [(0, "of rank 1"), (1, "of rank 1")]
+    said = f"rank 1 on {socket.gethostname()}: of rank 1"
+    assert pool(2).run(read_together) == [(0, said), (1, said)]
 
 
 def test_a_record_of_another_input_is_never_taken_for_this_ones(folder: Path, cache: Path) -> None:
