@@ -74,6 +74,7 @@ def test_a_student_begins_as_its_teacher_and_ends_as_a_stock_model(family: tuple
     assert all(torch.isfinite(weight).all() for weight in load_file(student / "model.safetensors").values())
 
 
+@pytest.mark.parametrize("family", [slow("deberta"), "gpt2"], indirect=True)
 def test_a_run_that_was_killed_within_a_prune_goes_on_bit_for_bit(family: tuple[str, Path], pool: Any) -> None:
     name, folder = family
     values = runs.configuration(folder, "cut", task__name=FAMILIES[name][0])

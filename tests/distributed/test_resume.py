@@ -83,7 +83,7 @@ def test_buffers_kept_per_weight_and_a_background_writer_resume_bit_for_bit(fold
     changes = {"pruning__metric": "platon", "checkpoint__background": True}
     whole, cut = (runs.configuration(folder, name, **changes) for name in ("platon", "platon-cut"))
     pool(2).run(runs.execute, whole, folder, 2)
-    for killed_at in (4, 7, 12):
+    for killed_at in (4, 12):
         pool(2).run(runs.execute, cut, folder, 2, ("between_backward_and_step", killed_at))
     pool(2).run(runs.execute, cut, folder, 2)
     assert runs.losses(folder, "platon-cut") == runs.losses(folder, "platon")
@@ -93,7 +93,7 @@ def test_buffers_kept_per_weight_and_a_background_writer_resume_bit_for_bit(fold
 KILLED_AT = {"before_a_prune": runs.PRUNES[0], "after_a_prune": runs.PRUNES[1] + 1}
 CHANGES = [((4, 2), (2, 2)), ((2, 2), (4, 2)), ((2, 2), (1, 2)), ((2, 2), (2, 3))]
 """(ranks, ZeRO stage) that wrote the checkpoint -> those that go on from it."""
-QUICK = [(CHANGES[1], "after_a_prune"), (CHANGES[2], "before_a_prune"), (CHANGES[3], "after_a_prune")]
+QUICK = [(CHANGES[2], "before_a_prune"), (CHANGES[3], "after_a_prune")]
 
 
 @pytest.mark.parametrize(
