@@ -59,6 +59,16 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _the_task_counts_without_a_teacher(self) -> RunConfig:
+        task = self.objective.task
+        if self.teacher.path is None and task.weight > 0 and (task.start, task.end) != (0, 1):
+            raise ValueError(
+                f"objective.task counts from {task.start} to {task.end} of the updates, but without teacher.path "
+                "nothing else can. Let it start at 0 and end at 1, or set teacher.path"
+            )
+        return self
+
     @classmethod
     def load(cls, recipe: str, overrides: dict[str, Any] | None = None) -> RunConfig:
         """The recipe's values with `overrides` (nested dict: the command line's) on top. Raises `ConfigError`."""
@@ -74,16 +84,6 @@ class RunConfig(Section):
             raise ConfigError(explain(error, cls, origin)) from None
         run._origin = origin
         return run
-
-    @model_validator(mode="after")
-    def _the_task_counts_without_a_teacher(self) -> RunConfig:
-        task = self.objective.task
-        if self.teacher.path is None and task.weight > 0 and (task.start, task.end) != (0, 1):
-            raise ValueError(
-                f"objective.task counts from {task.start} to {task.end} of the updates, but without teacher.path "
-                "nothing else can. Let it start at 0 and end at 1, or set teacher.path"
-            )
-        return self
 
     def stage(self, update: int) -> Stage:
         """The stage that update `update` (1-based) belongs to: of all terms, or of the task alone without a teacher."""
