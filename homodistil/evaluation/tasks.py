@@ -25,7 +25,6 @@ from homodistil.data.encoded import Integers
 from homodistil.data.examples import TaskData
 from homodistil.data.glue import Split
 from homodistil.errors import ModelError
-from homodistil.evaluation.glue import glue_metrics
 from homodistil.evaluation.squad import Spans, answers, best_spans, squad_metrics
 from homodistil.evaluation.stock import load_whole
 from homodistil.files import write_text_durably
@@ -142,6 +141,8 @@ def _loss(logits_BSV: Tensor, labels_BS: Tensor, task: Task) -> float:
 
 
 def _glue_result(model: PreTrainedModel, data: TaskData, micro_batch: int) -> TaskResult:
+    from homodistil.evaluation.glue import glue_metrics  # scikit-learn is slow to import, and pre-training needs none
+
     task, rows, loss = data.task, [], 0.0
     metrics: dict[str, float] = {}
     started = time.perf_counter()
