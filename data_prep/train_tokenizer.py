@@ -1,4 +1,4 @@
-"""Train a WordPiece tokenizer: python data_prep/train_tokenizer.py --help"""
+"""Train a tokenizer: python data_prep/train_tokenizer.py --help"""
 
 import sys
 

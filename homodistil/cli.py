@@ -43,7 +43,7 @@ class Launch(Section):
     teacher_ds_config: Path = DS_CONFIGS / "teacher_zero3.json"
     """DeepSpeed JSON of the teacher, where it is sharded."""
     dry_run: CliImplicitFlag[bool] = False
-    """Print the ladder, shapes, parameters, memory per rank and time; then stop."""
+    """Print the ladder, shapes, parameters, memory per rank and time, or the size of a cache; then stop."""
     local_rank: int | None = None
     """Given by the deepspeed launcher; the environment says the same."""
 
@@ -247,7 +247,7 @@ def build_shards(arguments: Sequence[str]) -> None:
 
 
 def train_tokenizer(arguments: Sequence[str]) -> None:
-    """Train a WordPiece tokenizer on text."""
+    """Train a tokenizer on text: WordPiece or byte-level BPE."""
     commands.train_tokenizer(_checked(TrainTokenizer, parse(TrainTokenizer, "homodistil train-tokenizer", arguments)))
 
 

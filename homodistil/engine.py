@@ -1,4 +1,4 @@
-"""StudentEngine and TeacherEngine: DeepSpeed engines side by side in every rank, and the only way to reach them."""
+"""StudentEngine and TeacherEngine: side by side in every rank, the student's in DeepSpeed, and the only way to reach them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who am I among the ranks, and the few collectives the library uses. Process groups start and end here."""
+"""Who am I among the ranks, and the few collectives the library uses."""
 
 from __future__ import annotations
 

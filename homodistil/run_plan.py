@@ -1,5 +1,5 @@
-"""RunPlan: a run that was found sound, from its configuration to its shapes. Everything that can be refused is refused
-here, before the training starts; checks.py says what."""
+"""Plan: a run that was found sound, from its configuration to its shapes. What configuration and data alone can show
+is refused here, before the training starts; checks.py says what."""
 
 from __future__ import annotations
 

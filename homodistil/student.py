@@ -93,7 +93,7 @@ class Blueprint:
 
     @property
     def student_filters(self) -> Path | None:
-        """Folder of the filters that the student starts with, and which of their layers."""
+        """Folder of the filters that the student starts with."""
         return self.run.student.filters or self.run.teacher.filters
 
     @property

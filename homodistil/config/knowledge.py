@@ -38,8 +38,8 @@ class KnowledgeConfig(Section):
     """Compare the embeddings' output as well; filters have none there. The first that `keep` drops."""
     tokens: Literal["left", "random", "attention", "attention_no_sep"] = "attention_no_sep"
     """Which tokens `keep` keeps: the first; drawn anew for every sequence, state and masking; those that [CLS] attends
-    to most, in the layer before the one compared; or of those without [SEP]. A causal model's last token takes [CLS]'s
-    part."""
+    to most, in the layer whose output is compared; or of those without [SEP]. A causal model's last token takes
+    [CLS]'s part."""
     units: Literal["random", "uniform", "magnitude"] = "magnitude"
     """Which units: drawn once for the run; evenly spaced; or each token's largest."""
     left_out: Literal["ignored", "zero"] = "ignored"

@@ -56,7 +56,7 @@ class TeacherConfig(Section):
     """The frozen model whose knowledge the student matches."""
 
     path: str | None = None
-    """A Hugging Face directory, or `none` for plain masked-language-model training."""
+    """A Hugging Face directory, or `none` for plain training."""
     sharding: Literal["auto", "zero3", "replicated"] = "auto"
     """`zero3` shards it over the ranks, `replicated` (fast for small teachers) keeps a whole copy in each;
     `auto` is zero3 when there is more than one rank."""
@@ -91,10 +91,11 @@ class StudentConfig(Section):
     head_dropout: float | None = Field(default=None, ge=0, lt=1)
     """Of a classifier's last map; by default as all others."""
     filters: Path | None = None
-    """Folder of its task-aware filters, for `objective.hidden.aligner: filter`; by default the teacher's."""
+    """Folder of its task-aware filters, for `objective.hidden.aligner: filter`; by default the teacher's, or, with
+    `path`, what learn_filters.py left for this run."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Fields of a Hugging Face BertConfig, for a model made from nothing (`teacher: none`); on the command
-    line as `--student.config hidden_size=128`."""
+    """Fields of a Hugging Face BertConfig (GPT2Config for task clm), for a model made from nothing (`teacher: none`); on
+    the command line as `--student.config hidden_size=128`."""
 
     @field_validator("config", mode="before")
     @classmethod

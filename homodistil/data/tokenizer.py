@@ -1,6 +1,6 @@
 """Tokenizers: opened from wherever they come, or trained on the corpus itself, as WordPiece or as byte-level BPE.
 
-Owns special tokens, the vocabulary's hash, and which pieces continue a word. Leaves encoding to build.py.
+Owns special tokens, the vocabulary's hash, and which pieces continue a word. Leaves encoding to encoder.py.
 """
 
 from __future__ import annotations

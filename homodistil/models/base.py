@@ -1,4 +1,4 @@
-"""ModelFamily: all that the rest of the house may ask of an architecture. HF module names live only here."""
+"""ModelFamily: all that the rest of the house may ask of an architecture. HF module names live in this folder."""
 
 from __future__ import annotations
 

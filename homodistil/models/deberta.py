@@ -1,4 +1,4 @@
-"""DebertaFamily: what DeBERTa v2 and v3 and their heads are made of. The only file that knows these modules' names.
+"""DebertaFamily: what DeBERTa v2 and v3 and their heads are made of. Only `models/` knows these modules' names.
 
 v3 shares the maps of contents with those of relative positions, v2 has maps of its own for these, and a convolution
 beside its first layer: `Parts` says which. Rows of the embeddings, the relative positions among them, and the
