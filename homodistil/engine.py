@@ -1,4 +1,4 @@
-"""StudentEngine and TeacherEngine: side by side in every rank, the student's in DeepSpeed, and the only way to reach them."""
+"""StudentEngine and TeacherEngine: side by side in every rank, in DeepSpeed where they are sharded."""
 
 from __future__ import annotations
 

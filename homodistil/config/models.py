@@ -94,8 +94,8 @@ class StudentConfig(Section):
     """Folder of its task-aware filters, for `objective.hidden.aligner: filter`; by default the teacher's, or, with
     `path`, what learn_filters.py left for this run."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Fields of a Hugging Face BertConfig (GPT2Config for task clm), for a model made from nothing (`teacher: none`); on
-    the command line as `--student.config hidden_size=128`."""
+    """Fields of a Hugging Face BertConfig (GPT2Config for task clm), for a model made from nothing (`teacher: none`);
+    on the command line as `--student.config hidden_size=128`."""
 
     @field_validator("config", mode="before")
     @classmethod
