@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertForMaskedLM
 
 from homodistil.config import RunConfig
 from homodistil.data.shards import ShardIndex
 from homodistil.ds_config import DeepSpeedConfig
 from homodistil.errors import ConfigError, DataError, HomodistilError, ModelError, Preempted, ShapeError
+from homodistil.forecast import update_flops
 from homodistil.models.loading import load_model
 from homodistil.preemption import Preemption
 from homodistil.run_plan import original_config, plan_run
@@ -54,6 +57,20 @@ def refused(kind: type[HomodistilError], words: list[str], *arguments: Any, **se
         opened(*arguments, **sections)
     for word in words:
         assert word in str(caught.value), str(caught.value)
+
+
+def test_the_arithmetic_of_an_update_is_that_of_stock_models(teacher: Path, shards: Path) -> None:
+    """The teacher's forward, and thrice as much for a student that is as wide: of all matrix products of the body, and
+    of the head at masked positions."""
+    plan = opened(teacher, shards)
+    stock, length = BertForMaskedLM.from_pretrained(teacher, attn_implementation="eager"), plan.source.sequence_length
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        stock.bert(torch.zeros(8, length, dtype=torch.int64))
+    body = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        stock.cls(torch.zeros(1, stock.config.hidden_size))
+    head = counter.get_total_flops() * 8 * length * plan.run.data.mask_probability
+    assert update_flops(plan, plan.family.widths(stock.config)) == pytest.approx(4 * (body + head))
 
 
 def test_a_sound_run_gets_its_ladder(teacher: Path, shards: Path) -> None:
