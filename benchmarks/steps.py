@@ -92,7 +92,9 @@ def kept_rows(file: Path) -> dict[str, Any]:
     if rows:
         commits = ", ".join(sorted({str(row["commit"]) for row in rows.values()}))
         print(f"{file} has {len(rows)} rows, of commit {commits}: what is complete there is shown, not run again.")
-        print("Another --rows, or --results, starts afresh.")
+        print(
+            "Another --rows, or --results, makes rows of the runs below runs/ again; without these, runs start afresh."
+        )
     return rows
 
 

@@ -7,10 +7,10 @@
     finetuned   core's students on SST-2, MRPC, CoLA, RTE and a part of SQuAD.
 
 Teacher ../shared/teacher/minilm-l6-mlm, 384 hidden; students a quarter as wide: 96 hidden (12 heads of 8), FFN 384.
-Every arm of core is run at every rate of one grid with the first seed; the others are run at the rate that was best for
-it, those of the other studies at HomoDistil's. A finished run is a row of docs/experiments/studies_SIZE.json and is
-not run again, so a study may be interrupted at any moment. Build the shards first; a full study takes those of
-minilm_real:
+Every arm of core is run at every rate of one grid with the first seed, and with the other seeds at the rate that was
+best for it; arms of the other studies are run at HomoDistil's. A finished run is a row of
+docs/experiments/studies_SIZE.json and is not run again, so a study may be interrupted at any moment. One study at a
+time: they share these rows. Build the shards first; a full study takes those of minilm_real:
 
     python data_prep/build_shards.py --source ../shared/data/text/wikipedia --max_tokens 2000000 \\
       --tokenizer ../shared/teacher/minilm-l6-mlm --output data/studies
@@ -33,6 +33,7 @@ from rich.table import Table
 from benchmarks.intervals import difference, spread
 from benchmarks.steps import Step, carry_out, circumstances, is_done, kept_rows
 from benchmarks.study_runs import MEASURES, MORE_SEEDS, RATES, SEEDS, SIZES, STUDIES, WIDTHS, Bench, Run
+from homodistil.data.shards import ShardIndex
 from homodistil.tasks import TASKS
 
 TASK_STARTS = ("homodistil", "one_shot", "random_start")
@@ -51,14 +52,17 @@ def main() -> None:
     parser.add_argument("--size", choices=list(SIZES), default="small", help="small: two hours of two cores; full: GPU")
     parser.add_argument("--extended", action="store_true", help="students of other widths and two more seeds")
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="where teacher/ and data/ are")
-    parser.add_argument("--shards", type=Path, default=Path("data/studies"))
+    parser.add_argument("--shards", type=Path, help="by default data/studies, of a full study data/wiki_books")
     parser.add_argument("--results", type=Path, default=Path("docs/experiments"), help="where rows and figures are")
     parser.add_argument("--parallel", type=int, default=2, help="processes at a time")
     options = parser.parse_args()
-    if not (options.shards / "index.json").is_file():
-        parser.error(f"--shards {options.shards}: there are none. --help says how to build them.")
+    shards, held_out = options.shards or SIZES[options.size].shards, SIZES[options.size].held_out
+    if not (shards / "index.json").is_file():
+        parser.error(f"--shards {shards}: there are none. --help says how to build them.")
+    if (there := sum(shard.sequences for shard in ShardIndex.load(shards).splits["validation"])) < held_out:
+        parser.error(f"--shards {shards}: {there} sequences are held out, a {options.size} study looks at {held_out}.")
     for width in WIDTHS if options.extended else WIDTHS[:1]:
-        bench = Bench(options.size, width, options.shared, options.shards, options.results, options.parallel)
+        bench = Bench(options.size, width, options.shared, shards, options.results, options.parallel)
         seeds = SEEDS + MORE_SEEDS if options.extended else SEEDS
         (finetune if options.study == "finetuned" else pretrain)(bench, options.study, seeds)
 
@@ -66,13 +70,12 @@ def main() -> None:
 def pretrain(bench: Bench, name: str, seeds: Sequence[int]) -> None:
     """A study's runs, its tables and its figure."""
     study = STUDIES[name]
-    seeds = seeds if study.repeated else seeds[:1]
-    arms = list(dict.fromkeys(arm for group in study.groups.values() for arm in group))
-    at_equal_updates = [arm for arm in arms if not arm.endswith("+")]
-    graded = at_equal_updates if study.own_rates else ["homodistil"]
-    bench.finish([Run(arm, rate, SEEDS[0]) for arm in graded for rate in RATES], "every rate")
-    bench.finish([bench.best(arm, seed) for arm in at_equal_updates for seed in seeds], "every seed")
-    bench.finish([bench.best(arm, seed) for arm in arms for seed in seeds], "equal FLOPs")
+    seeds = seeds if study.repeated else seeds[1:2]
+    graded = study.arms if study.own_rates else ["homodistil"]
+    for title, longer in (("every rate", False), ("every rate, equal FLOPs", True)):
+        arms = [arm for arm in graded if arm.endswith("+") == longer]
+        bench.finish([Run(arm, rate, SEEDS[0]) for arm in arms for rate in RATES], title)
+    bench.finish([bench.best(arm, seed) for arm in study.arms for seed in seeds], "every seed")
     groups = {title: {arm: bench.found(arm, seeds) for arm in group} for title, group in study.groups.items()}
     for title, arms_of_group in groups.items():
         show(f"{name}, {title}: {bench.width} hidden", arms_of_group)
@@ -107,8 +110,10 @@ def draw(groups: dict[str, dict[str, Seeds]]) -> Figure:
         for arm, seeds in arms.items():
             if rows := list(seeds.values()):
                 curves = [{int(update): kl for update, kl in row["curve"].items() if kl > 0} for row in rows]
-                heights = [mean(curve[update] for curve in curves) for update in curves[0]]
-                (line,) = panel.plot(list(curves[0]), heights, label=arm)
+                # A run that was resumed was looked at then, too.
+                of_all = [update for update in curves[0] if all(update in curve for curve in curves)]
+                heights = [mean(curve[update] for curve in curves) for update in of_all]
+                (line,) = panel.plot(of_all, heights, label=arm)
                 panel.plot([rows[0]["updates"]] * len(rows), [row["kl"] for row in rows], ".", color=line.get_color())
         panel.set(title=title, xlabel="updates", ylabel="KL to the teacher, nats a masked position", yscale="log")
         panel.legend(fontsize=8)
@@ -126,7 +131,7 @@ def finetune(bench: Bench, study: str, seeds: Sequence[int]) -> None:
             student = bench.best(arm, seed)
             step = task_step(bench, task, name, student, rate)
             trained += [*bench.steps(student), step]
-            results[name] = {"task": task, "arm": arm, "rate": rate, "seed": seed}, step.result
+            results[name] = {"task": task, "arm": arm, "rate": rate, "seed": seed, "student": student.name}, step.result
     try:
         carry_out(list({step.name: step for step in trained}.values()), bench.folder / "logs", bench.parallel, study)
     finally:

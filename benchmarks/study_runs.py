@@ -27,9 +27,14 @@ class Size(NamedTuple):
     sequences: int
     """Of 128 tokens, an update."""
     held_out: int
+    shards: Path
+    """Where they are by default."""
 
 
-SIZES = {"small": Size(200, 16, 192), "full": Size(3000, 256, 4096)}
+SIZES = {
+    "small": Size(200, 16, 192, Path("data/studies")),
+    "full": Size(3000, 256, 4096, Path("data/wiki_books")),
+}
 WIDTHS = (96, 192, 288)
 """Hidden dimensions of a student, the first by default; heads and FFN in proportion."""
 
@@ -48,9 +53,11 @@ ARMS: dict[str, list[str]] = {
     "unsmoothed": ["--pruning.smoothing_window", "1", "--pruning.smoothing_beta", "0"],
 }
 """Arm -> what it changes in the recipe minilm_real. With `+` it has so many updates that its FLOPs are HomoDistil's."""
-COMBINED = {"filters": ("filters",), "cached": ("cache",), "filters_cached": ("filters", "cache")}
+COMBINED = {"neither": (), "filters": ("filters",), "cached": ("cache",), "filters_cached": ("filters", "cache")}
 """Arm -> which of the other two methods it has; none compares attention, as none can from a cache."""
-SHARE = ["--knowledge.keep", "3l_32t_0.5h", "--data.maskings", "1", "--data.mask_seed", "0"]
+MASKS = ["--data.maskings", "1", "--data.mask_seed", "0"]
+"""All seeds of all combined arms read the same masks: a cache is of one set of them."""
+SHARE = ["--knowledge.keep", "3l_32t_0.5h"]
 """What a cache keeps: three of seven states, a quarter of the tokens, half of the units: 5 % of the hidden states."""
 
 
@@ -59,9 +66,14 @@ class Study(NamedTuple):
 
     groups: dict[str, tuple[str, ...]]
     repeated: bool
-    """Whether every arm is run with several seeds."""
+    """Whether every arm is run with several seeds; else with the second, since the first chose HomoDistil's rate."""
     own_rates: bool
     """Whether every arm has the rate that is best for it; else HomoDistil's."""
+
+    @property
+    def arms(self) -> list[str]:
+        """Each once."""
+        return list(dict.fromkeys(arm for group in self.groups.values() for arm in group))
 
 
 STUDIES = {
@@ -85,7 +97,7 @@ STUDIES = {
         repeated=False,
         own_rates=False,
     ),
-    "combined": Study({"methods": ("without_attention", *COMBINED)}, repeated=True, own_rates=False),
+    "combined": Study({"methods": tuple(COMBINED)}, repeated=True, own_rates=False),
 }
 
 
@@ -155,7 +167,7 @@ class Bench:
         arm = run.arm.rstrip("+")
         methods = COMBINED.get(arm, ())
         flags = [*self.common(run.rate), "--run.updates", str(self.updates(run)), "--run.seed", str(run.seed)]
-        flags += ARMS["without_attention" if methods else arm]
+        flags += [*ARMS["without_attention"], *MASKS] if arm in COMBINED else ARMS[arm]
         prepared = []
         if "filters" in methods:
             prepared.append(self.filters())
@@ -183,17 +195,17 @@ class Bench:
         updates = SIZES[self.size].updates
         if not run.arm.endswith("+"):
             return updates
-        dear, cheap = (self.rows[self.best(arm, SEEDS[0]).name] for arm in ("homodistil", run.arm.rstrip("+")))
+        dear, cheap = (self.rows[Run(arm, run.rate, SEEDS[0]).name] for arm in ("homodistil", run.arm.rstrip("+")))
         return round(updates * dear["flops"] / cheap["flops"])
 
     def best(self, arm: str, seed: int) -> Run:
-        """An arm's run of a seed, at the rate at which its first seed ended nearest to the teacher; of an arm that was
-        not run at every rate, at HomoDistil's."""
-        for graded in (arm.rstrip("+"), "homodistil"):
-            rows = [row for row in self.rows.values() if (row["arm"], row["seed"]) == (graded, SEEDS[0])]
-            if len(rows) == len(RATES):
-                return Run(arm, min(rows, key=lambda row: row["kl"])["rate"], seed)
-        raise SystemExit(f"{self.file} has no run of HomoDistil at every rate yet: begin with the study core.")
+        """An arm's run of a seed, at the rate at which its first seed ended nearest to the teacher; of an arm that is
+        not of core, at HomoDistil's."""
+        graded = arm if arm in STUDIES["core"].arms else "homodistil"
+        rows = [row for row in self.rows.values() if (row["arm"], row["seed"]) == (graded, SEEDS[0])]
+        if len(rows) < len(RATES):
+            raise SystemExit(f"{self.file} does not have {graded} at every rate yet: finish the study core first.")
+        return Run(arm, min(rows, key=lambda row: row["kl"])["rate"], seed)
 
     @property
     def filtered(self) -> list[str]:
@@ -212,7 +224,7 @@ class Bench:
         """The teacher's knowledge of what all seeds read; filtered, if there are filters."""
         name = "-".join(methods)
         folder = self.folder / "caches" / name
-        flags = [*self.common("1e-3"), *ARMS["without_attention"], *SHARE, "--cache.path", str(folder)]
+        flags = [*self.common("1e-3"), *ARMS["without_attention"], *MASKS, *SHARE, "--cache.path", str(folder)]
         flags += ["--run.updates", str(SIZES[self.size].updates), "--run.name", name]
         flags += self.filtered if "filters" in methods else []
         needs = ("filters",) if "filters" in methods else ()
