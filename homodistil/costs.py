@@ -71,7 +71,8 @@ def micro_batch_cost(
     teacher = None
     if blueprint.run.teacher.path is not None:
         whole = skeleton(blueprint.teacher_config, attention, family.kind)
-        teacher = _on_meta(FrozenModel(whole, family, blueprint.compared, selection=blueprint.selection), dtype)
+        frozen = FrozenModel(whole, family, blueprint.compared, blueprint.teacher_filters, blueprint.selection)
+        teacher = _on_meta(frozen, dtype)
     for parameter in student.parameters():  # ZeRO takes a gradient as soon as it is there
         parameter.register_post_accumulate_grad_hook(_drop_gradient)
     is_live = blueprint.run.has_live_teacher

@@ -168,7 +168,7 @@ def live_teacher(
         teacher_ds.resolved(run, ranks.world_size) if sharded else None,
         compiled=run.performance.compile,
         compared=blueprint.compared,
-        filters=run.teacher.filters if run.filters_are_compared else None,
+        filters=blueprint.teacher_filters,
         selection=blueprint.selection,
         recorded=recorded,
     )

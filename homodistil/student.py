@@ -92,6 +92,11 @@ class Blueprint:
         return Selection(self.run.knowledge, self.teacher_width, self.run.mask_seed, self.sep, self.family.causal)
 
     @property
+    def teacher_filters(self) -> Path | None:
+        """Folder of the filters that the teacher's states go through."""
+        return self.run.teacher.filters if self.run.filters_are_compared else None
+
+    @property
     def student_filters(self) -> Path | None:
         """Folder of the filters that the student starts with."""
         return self.run.student.filters or self.run.teacher.filters

@@ -16,6 +16,7 @@ from transformers import BertForMaskedLM, BertForSequenceClassification
 
 from homodistil.batch import Batch
 from homodistil.config import RunConfig
+from homodistil.costs import micro_batch_cost
 from homodistil.knowledge.filters import FilterDescription, FilterSet, save_filters
 from homodistil.knowledge.teacher import FrozenModel
 from homodistil.learner import FilterLearner
@@ -261,6 +262,16 @@ def _kl(task: str, z_s: Tensor, z_t: Tensor, batch: Batch) -> Tensor:
         return each.mean()
     picked = each[torch.arange(len(batch)).unsqueeze(1), batch.scored_positions]
     return (picked * batch.weights).sum() / batch.weights.sum()
+
+
+def test_the_teachers_filters_cost_something(
+    stage_two: tuple[RunConfig, Blueprint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, plan = stage_two
+    whole = micro_batch_cost(plan, plan.full_shape.widths, 4, 10, torch.float32)
+    monkeypatch.setattr(Blueprint, "teacher_filters", None)
+    without = micro_batch_cost(plan, plan.full_shape.widths, 4, 10, torch.float32)
+    assert whole.products - without.products == 2 * 2 * 4 * 10 * WIDE * WIDE  # two layers, multiply and add
 
 
 def test_a_narrower_student_has_filters_that_read_what_it_still_has(
