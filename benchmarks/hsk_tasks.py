@@ -148,7 +148,7 @@ def draw(rows: dict[str, Any], picture: Path) -> None:
         panel.set(title=task, xscale="log", xlabel="% of the hidden states", ylabel="KL to the teacher, nats")
         panel.set_xticks(TICKS, map(str, TICKS))
         panel.minorticks_off()
-        panel.legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(picture, dpi=150)
 
 
