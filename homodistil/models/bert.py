@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -20,8 +21,8 @@ from transformers.models.bert.modeling_bert import BertSelfAttention
 from homodistil.batch import Batch
 from homodistil.errors import ShapeError
 from homodistil.models.groups import Member, PrunableGroup, columns, norm, rows
-from homodistil.models.heads import at_slots, spans
-from homodistil.models.shape import HIDDEN, StudentShape, Widths, ffn, heads, nearest_stock, qk, vo
+from homodistil.models.heads import at_slots, signals_of, spans
+from homodistil.models.shape import HIDDEN, StudentShape, Widths, ffn, heads, nearest_stock, qk, stock_config_at, vo
 from homodistil.signals import Signals
 from homodistil.tasks import Kind
 
@@ -112,15 +113,7 @@ class BertFamily:
 
     def stock_config(self, config: PretrainedConfig, widths: Widths) -> PretrainedConfig:
         """The teacher's config at other widths. Raises `ShapeError` unless hidden = heads x head width."""
-        if not widths.is_stock:
-            near = nearest_stock(widths.hidden, widths.heads, widths.hidden)
-            raise ShapeError(
-                f"A BertConfig cannot express {widths}: hidden must be heads x head width. "
-                f"Nearest that it can, with {widths.heads} heads: hidden {near}."
-            )
-        stock = copy.deepcopy(config)
-        _write_widths(stock, widths)
-        return stock
+        return stock_config_at(config, widths, _write_widths)
 
     def fold_attention_scale(self, shape: StudentShape) -> dict[str, float]:
         """Factors on the query weights and biases; 1 while the head width is the teacher's."""
@@ -140,15 +133,8 @@ class BertFamily:
             output_hidden_states=True,
             output_attentions=True,
         )
-        last = outputs.last_hidden_state
-        return Signals(
-            hidden_states=tuple(outputs.hidden_states),
-            queries_keys=tuple(outputs.attentions),
-            attention_scale=next(_attentions(model)).scaling,
-            logits=self.logits(self.head(model), last, batch)
-            if with_logits
-            else last.new_empty(*batch.labels.shape[:2], 0),
-        )
+        logits = partial(self.logits, self.head(model)) if with_logits else None
+        return signals_of(outputs, next(_attentions(model)).scaling, batch, logits)
 
     def head(self, model: Any) -> nn.Module:
         """Masked: transform and decoder; a classifier's pooler, dropout and last map; a span's last map."""

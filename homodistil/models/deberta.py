@@ -14,6 +14,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -23,8 +24,8 @@ from homodistil.batch import Batch
 from homodistil.errors import ShapeError
 from homodistil.models.deberta_attention import POSITIONS, adopt, attentions
 from homodistil.models.groups import Member, PrunableGroup, columns, norm, rows
-from homodistil.models.heads import at_slots, spans
-from homodistil.models.shape import HIDDEN, StudentShape, Widths, ffn, heads, nearest_stock, qk, vo
+from homodistil.models.heads import at_slots, signals_of, spans
+from homodistil.models.shape import HIDDEN, StudentShape, Widths, ffn, heads, nearest_stock, qk, stock_config_at, vo
 from homodistil.signals import Signals
 from homodistil.tasks import Kind
 
@@ -174,15 +175,7 @@ class DebertaFamily:
 
     def stock_config(self, config: PretrainedConfig, widths: Widths) -> PretrainedConfig:
         """The teacher's config at other widths. Raises `ShapeError` unless hidden = heads x head width."""
-        if not widths.is_stock:
-            near = nearest_stock(widths.hidden, widths.heads, widths.hidden)
-            raise ShapeError(
-                f"A DebertaV2Config cannot express {widths}: hidden must be heads x head width. "
-                f"Nearest that it can, with {widths.heads} heads: hidden {near}."
-            )
-        stock = copy.deepcopy(config)
-        _write_widths(stock, widths)
-        return stock
+        return stock_config_at(config, widths, _write_widths)
 
     def fold_attention_scale(self, shape: StudentShape) -> dict[str, float]:
         """Factors on the weights and biases of queries, of contents and positions."""
@@ -204,15 +197,8 @@ class DebertaFamily:
             output_hidden_states=True,
             output_attentions=True,
         )
-        last = outputs.last_hidden_state
-        return Signals(
-            hidden_states=tuple(outputs.hidden_states),
-            queries_keys=tuple(outputs.attentions),
-            attention_scale=1 / math.sqrt(next(attentions(model)).original_head_width),
-            logits=self.logits(self.head(model), last, batch)
-            if with_logits
-            else last.new_empty(*batch.labels.shape[:2], 0),
-        )
+        logits = partial(self.logits, self.head(model)) if with_logits else None
+        return signals_of(outputs, 1 / math.sqrt(next(attentions(model)).original_head_width), batch, logits)
 
     def head(self, model: Any) -> nn.Module:
         """Masked: transform and decoder; a classifier's pooler, dropout and last map; a span's last map."""

@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -23,8 +24,8 @@ from homodistil.batch import Batch
 from homodistil.errors import ShapeError
 from homodistil.models.attention import nothing_masked
 from homodistil.models.groups import Member, PrunableGroup, columns, norm
-from homodistil.models.heads import at_slots, spans
-from homodistil.models.shape import HIDDEN, StudentShape, Widths, ffn, heads, nearest_stock, qk, vo
+from homodistil.models.heads import at_slots, signals_of, spans
+from homodistil.models.shape import HIDDEN, StudentShape, Widths, ffn, heads, nearest_stock, qk, stock_config_at, vo
 from homodistil.signals import Signals
 from homodistil.tasks import Kind
 
@@ -126,15 +127,7 @@ class Gpt2Family:
 
     def stock_config(self, config: PretrainedConfig, widths: Widths) -> PretrainedConfig:
         """The teacher's config at other widths. Raises `ShapeError` unless hidden = heads x head width."""
-        if not widths.is_stock:
-            near = nearest_stock(widths.hidden, widths.heads, widths.hidden)
-            raise ShapeError(
-                f"A GPT2Config cannot express {widths}: hidden must be heads x head width. "
-                f"Nearest that it can, with {widths.heads} heads: hidden {near}."
-            )
-        stock = copy.deepcopy(config)
-        _write_widths(stock, widths)
-        return stock
+        return stock_config_at(config, widths, _write_widths)
 
     def fold_attention_scale(self, shape: StudentShape) -> dict[str, Tensor]:
         """Factors (3n,) on the outputs of each `c_attn`: on the queries' alone other than 1."""
@@ -158,15 +151,8 @@ class Gpt2Family:
             output_hidden_states=True,
             output_attentions=True,
         )
-        last = outputs.last_hidden_state
-        return Signals(
-            hidden_states=tuple(outputs.hidden_states),
-            queries_keys=tuple(outputs.attentions),
-            attention_scale=next(_attentions(model)).scaling,
-            logits=self.logits(self._last_map(model), last, batch)
-            if with_logits
-            else last.new_empty(*batch.labels.shape[:2], 0),
-        )
+        logits = partial(self.logits, self._last_map(model)) if with_logits else None
+        return signals_of(outputs, next(_attentions(model)).scaling, batch, logits)
 
     def head(self, model: Any) -> nn.Module:
         """`ln_f` and the map behind it."""

@@ -1,15 +1,33 @@
-"""What heads of all architectures share: states at scored slots, logits of an answer's first and last token."""
+"""What all architectures share: signals of a forward pass, states at scored slots, an answer's first and last token."""
 
 # B sequences, T tokens, D hidden width, S scored slots
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 from homodistil.batch import Batch
+from homodistil.signals import Signals
 
 NOWHERE = -1e4
 """Logit of padding: its probability is exactly 0 in any precision, and its logarithm still finite."""
+
+
+def signals_of(
+    outputs: Any, attention_scale: float, batch: Batch, logits: Callable[[Tensor, Batch], Tensor] | None
+) -> Signals:
+    """What a Hugging Face body gave, with queries and keys for attentions. logits: what a head makes of its last layer's
+    output; None: (B, S, 0)."""
+    last = outputs.last_hidden_state
+    return Signals(
+        hidden_states=tuple(outputs.hidden_states),
+        queries_keys=tuple(outputs.attentions),
+        attention_scale=attention_scale,
+        logits=last.new_empty(*batch.labels.shape[:2], 0) if logits is None else logits(last, batch),
+    )
 
 
 def at_slots(states_BTD: Tensor, batch: Batch) -> Tensor:

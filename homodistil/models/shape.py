@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from transformers import PretrainedConfig
+
+from homodistil.errors import ShapeError
 
 HIDDEN = "hidden"
 
@@ -51,6 +56,21 @@ def nearest_stock(hidden: int, heads: int, widest_head: int) -> str:
     """The widths next to `hidden` that so many heads, no wider than `widest_head`, can make: for error messages."""
     around = {min(widest_head, max(1, width)) for width in (hidden // heads, -(-hidden // heads))}
     return " or ".join(f"{heads * width} ({heads} x {width})" for width in sorted(around, reverse=True))
+
+
+def stock_config_at(
+    config: PretrainedConfig, widths: Widths, write_widths: Callable[[PretrainedConfig, Widths], None]
+) -> PretrainedConfig:
+    """The same config at other widths. Raises `ShapeError` unless hidden = heads x head width."""
+    if not widths.is_stock:
+        near = nearest_stock(widths.hidden, widths.heads, widths.hidden)
+        raise ShapeError(
+            f"A {type(config).__name__} cannot express {widths}: hidden must be heads x head width. "
+            f"Nearest that it can, with {widths.heads} heads: hidden {near}."
+        )
+    stock = copy.deepcopy(config)
+    write_widths(stock, widths)
+    return stock
 
 
 @dataclass(frozen=True)
