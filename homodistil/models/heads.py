@@ -19,8 +19,8 @@ NOWHERE = -1e4
 def signals_of(
     outputs: Any, attention_scale: float, batch: Batch, logits: Callable[[Tensor, Batch], Tensor] | None
 ) -> Signals:
-    """What a Hugging Face body gave, with queries and keys for attentions. logits: what a head makes of its last layer's
-    output; None: (B, S, 0)."""
+    """What a Hugging Face body gave, with queries and keys for attentions. logits: what a head makes of the last
+    layer's output; None: (B, S, 0)."""
     last = outputs.last_hidden_state
     return Signals(
         hidden_states=tuple(outputs.hidden_states),
