@@ -7,10 +7,10 @@
     finetuned   core's students on SST-2, MRPC, CoLA, RTE and a part of SQuAD.
 
 Teacher ../shared/teacher/minilm-l6-mlm, 384 hidden; students a quarter as wide: 96 hidden (12 heads of 8), FFN 384.
-Every arm of core is run at every rate of one grid with the first seed, and with the other seeds at the rate that was
-best for it; arms of the other studies are run at HomoDistil's. A finished run is a row of
-docs/experiments/studies_SIZE.json and is not run again, so a study may be interrupted at any moment. One study at a
-time: they share these rows. Build the shards first; a full study takes those of minilm_real:
+Every arm of core is run with the first seed at rates of one grid, by factors of two, until its best has been tried on
+both sides, and with the other seeds at this one; arms of the other studies are run at HomoDistil's. A finished run is
+a row of docs/experiments/studies_SIZE.json and is not run again, so a study may be interrupted at any moment. One study
+at a time: they share these rows. Build the shards first; a full study takes those of minilm_real:
 
     python data_prep/build_shards.py --source ../shared/data/text/wikipedia --max_tokens 2000000 \\
       --tokenizer ../shared/teacher/minilm-l6-mlm --output data/studies
@@ -32,7 +32,7 @@ from rich.table import Table
 
 from benchmarks.intervals import difference, spread
 from benchmarks.steps import Step, carry_out, circumstances, is_done, kept_rows
-from benchmarks.study_runs import MEASURES, MORE_SEEDS, RATES, SEEDS, SIZES, STUDIES, WIDTHS, Bench, Run
+from benchmarks.study_runs import MEASURES, MORE_SEEDS, SEEDS, SIZES, STUDIES, WIDTHS, Bench, Run
 from homodistil.data.shards import ShardIndex
 from homodistil.tasks import TASKS
 
@@ -72,9 +72,10 @@ def pretrain(bench: Bench, name: str, seeds: Sequence[int]) -> None:
     study = STUDIES[name]
     seeds = seeds if study.repeated else seeds[1:2]
     graded = study.arms if study.own_rates else ["homodistil"]
-    for title, longer in (("every rate", False), ("every rate, equal FLOPs", True)):
+    for title, longer in (("rates", False), ("rates, equal FLOPs", True)):
         arms = [arm for arm in graded if arm.endswith("+") == longer]
-        bench.finish([Run(arm, rate, SEEDS[0]) for arm in arms for rate in RATES], title)
+        while untried := [Run(arm, rate, SEEDS[0]) for arm in arms for rate in bench.untried(arm)]:
+            bench.finish(untried, title)
     bench.finish([bench.best(arm, seed) for arm in study.arms for seed in seeds], "every seed")
     groups = {title: {arm: bench.found(arm, seeds) for arm in group} for title, group in study.groups.items()}
     for title, arms_of_group in groups.items():

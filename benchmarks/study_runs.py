@@ -15,7 +15,8 @@ RUNS = Path("runs/studies")
 SEEDS = (1, 2, 3)
 MORE_SEEDS = (4, 5)
 """Besides, where a study is extended."""
-RATES = ("1e-3", "2e-3", "4e-3")
+RATES = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2", "3.2e-2")
+"""The grid of every arm: each begins with the two in its middle, and goes on until its best is not at an edge."""
 HEADS = 12
 MEASURES = {"kl": "KL", "mlm_loss": "MLM loss", "mlm_accuracy": "accuracy"}
 
@@ -195,17 +196,29 @@ class Bench:
         updates = SIZES[self.size].updates
         if not run.arm.endswith("+"):
             return updates
-        dear, cheap = (self.rows[Run(arm, run.rate, SEEDS[0]).name] for arm in ("homodistil", run.arm.rstrip("+")))
+        dear, cheap = (self.rows[self.best(arm, SEEDS[0]).name] for arm in ("homodistil", run.arm.rstrip("+")))
         return round(updates * dear["flops"] / cheap["flops"])
+
+    def untried(self, arm: str) -> list[str]:
+        """Rates at which an arm's first seed is to be run next; none, once its best has been tried on both sides."""
+        kl = self._kl(arm)
+        if not kl:
+            return list(RATES[3:5])
+        best = RATES.index(min(kl, key=lambda rate: kl[rate]))
+        return [rate for rate in RATES[max(best - 1, 0) : best + 2] if rate not in kl]
 
     def best(self, arm: str, seed: int) -> Run:
         """An arm's run of a seed, at the rate at which its first seed ended nearest to the teacher; of an arm that is
         not of core, at HomoDistil's."""
         graded = arm if arm in STUDIES["core"].arms else "homodistil"
-        rows = [row for row in self.rows.values() if (row["arm"], row["seed"]) == (graded, SEEDS[0])]
-        if len(rows) < len(RATES):
+        if self.untried(graded):
             raise SystemExit(f"{self.file} does not have {graded} at every rate yet: finish the study core first.")
-        return Run(arm, min(rows, key=lambda row: row["kl"])["rate"], seed)
+        kl = self._kl(graded)
+        return Run(arm, min(kl, key=lambda rate: kl[rate]), seed)
+
+    def _kl(self, arm: str) -> dict[str, float]:
+        """Rate -> where an arm's first seed ended at it."""
+        return {row["rate"]: row["kl"] for row in self.rows.values() if (row["arm"], row["seed"]) == (arm, SEEDS[0])}
 
     @property
     def filtered(self) -> list[str]:
