@@ -27,7 +27,7 @@ from homodistil.errors import ModelError
 from homodistil.knowledge.selection import Selection, numbered
 from homodistil.knowledge.targets import Draws, TargetCodec, TopK
 from homodistil.knowledge.values import VALUE_CODECS, ValueCodec
-from homodistil.models.heads import NOWHERE
+from homodistil.models.outputs import NOWHERE
 from homodistil.signals import Kept, Signals
 from homodistil.sparse_targets import SparseTargets
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from homodistil.batch import Batch
 from homodistil.config import KnowledgeConfig
 from homodistil.data.hashing import Purpose, permutation, tensor_hash
-from homodistil.models.heads import at_tokens
+from homodistil.models.outputs import at_tokens
 from homodistil.signals import Kept, Signals
 
 

@@ -13,7 +13,7 @@ from homodistil.batch import Batch
 from homodistil.knowledge.filters import FilterSet
 from homodistil.knowledge.selection import Selection
 from homodistil.models.base import ModelFamily
-from homodistil.models.heads import at_slots
+from homodistil.models.outputs import at_slots
 from homodistil.signals import Compared, Knowledge
 
 

@@ -24,7 +24,7 @@ from homodistil.batch import Batch
 from homodistil.errors import ShapeError
 from homodistil.models.attention import nothing_masked
 from homodistil.models.groups import Member, PrunableGroup, columns, norm
-from homodistil.models.heads import at_slots, signals_of, spans
+from homodistil.models.outputs import at_slots, signals_of, spans
 from homodistil.models.shape import HIDDEN, StudentShape, Widths, ffn, heads, nearest_stock, qk, stock_config_at, vo
 from homodistil.signals import Signals
 from homodistil.tasks import Kind

@@ -22,7 +22,7 @@ from homodistil.kernels import gram_attention
 from homodistil.kernels.gram_attention import QueriesKeys, ScoreDifference
 from homodistil.kernels.sparse_vocabulary import cross_entropy_and_sparse_divergence
 from homodistil.kernels.vocabulary import cross_entropy_and_divergence
-from homodistil.models.heads import at_tokens
+from homodistil.models.outputs import at_tokens
 from homodistil.models.shape import StudentShape
 from homodistil.objective import losses
 from homodistil.objective.pairing import HeadPairing

@@ -20,7 +20,7 @@ from homodistil.data.records import BLOCK, Records, RecordWriter
 from homodistil.errors import CacheError, ModelError
 from homodistil.knowledge.recording import Recording, inputs
 from homodistil.knowledge.selection import Selection
-from homodistil.models.heads import NOWHERE
+from homodistil.models.outputs import NOWHERE
 from homodistil.signals import Signals
 
 TOKENS, WIDTH, STATES, SLOTS, WORDS = 12, 20, 2, 3, 50
