@@ -27,12 +27,13 @@ from statistics import mean
 from typing import Any
 
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.intervals import difference, spread
 from benchmarks.steps import Step, carry_out, circumstances, is_done, kept_rows
-from benchmarks.study_runs import MEASURES, MORE_SEEDS, SEEDS, SIZES, STUDIES, WIDTHS, Bench, Run
+from benchmarks.study_runs import MEASURES, MORE_SEEDS, RATES, SEEDS, SIZES, STUDIES, WIDTHS, Bench, Run
 from homodistil.data.shards import ShardIndex
 from homodistil.tasks import TASKS
 
@@ -44,6 +45,8 @@ TASK_FLAGS = {
     "squad": ["--task.train_examples", "4000", "--task.max_length", "256", "--validation.sequences", "1000"],
 }
 TASK_RATES = ("1e-4", "3e-4")
+CONSOLE = Console(width=200)
+"""Tables are Markdown, to be taken into docs/experiments.md as they are."""
 
 
 def main() -> None:
@@ -77,6 +80,8 @@ def pretrain(bench: Bench, name: str, seeds: Sequence[int]) -> None:
         while untried := [Run(arm, rate, SEEDS[0]) for arm in arms for rate in bench.untried(arm)]:
             bench.finish(untried, title)
     bench.finish([bench.best(arm, seed) for arm in study.arms for seed in seeds], "every seed")
+    if study.own_rates:
+        show_rates(bench, study.arms)
     groups = {title: {arm: bench.found(arm, seeds) for arm in group} for title, group in study.groups.items()}
     for title, arms_of_group in groups.items():
         show(f"{name}, {title}: {bench.width} hidden", arms_of_group)
@@ -89,9 +94,9 @@ Seeds = dict[int, dict[str, Any]]
 
 def show(title: str, arms: dict[str, Seeds]) -> None:
     """Means and deviations, and what an arm has more than the first, seed by seed."""
-    console, (first, *_) = Console(width=170), arms
+    first, *_ = arms
     table = Table("arm", "rate", "seeds", "updates", "TFLOP", *MEASURES.values(), "largest jump", "KL - first's",
-                  "MLM loss - first's", title=title)  # fmt: skip
+                  "MLM loss - first's", title=title, box=box.MARKDOWN)  # fmt: skip
     for arm, seeds in arms.items():
         if not (rows := list(seeds.values())):
             continue
@@ -100,8 +105,18 @@ def show(title: str, arms: dict[str, Seeds]) -> None:
         cells += [spread([row[key] for row in rows]) for key in MEASURES] + [spread(jumps)]
         both = seeds.keys() & arms[first].keys() if arm != first else []
         cells += [difference([seeds[n][key] - arms[first][n][key] for n in both]) for key in list(MEASURES)[:2]]
-        table.add_row(arm, *cells)
-    console.print(table)
+        table.add_row(f"`{arm}`", *cells)
+    CONSOLE.print(table)
+
+
+def show_rates(bench: Bench, arms: Sequence[str]) -> None:
+    """KL of every arm's first seed at each rate that was tried."""
+    tried = {arm: bench.tried(arm) for arm in arms}
+    rates = [rate for rate in RATES if any(rate in kl for kl in tried.values())]
+    table = Table("KL at rate", *rates, title=f"rates, seed {SEEDS[0]}", box=box.MARKDOWN)
+    for arm, kl in tried.items():
+        table.add_row(f"`{arm}`", *(f"{kl[rate]:.3f}" if rate in kl else "" for rate in rates))
+    CONSOLE.print(table)
 
 
 def draw(groups: dict[str, dict[str, Seeds]]) -> Figure:
@@ -157,7 +172,8 @@ def task_step(bench: Bench, task: str, name: str, student: Run, rate: str) -> St
 
 def show_tasks(rows: list[dict[str, Any]], seeds: Sequence[int]) -> None:
     """Each arm at its best rate, and what it has more than HomoDistil, seed by seed."""
-    table = Table("task", "metric", "arm", "rate", "seeds", "metric, mean", "- homodistil's")
+    table = Table("task", "metric", "arm", "rate", "seeds", "metric, mean", "- homodistil's",
+                  box=box.MARKDOWN)  # fmt: skip
     for task in TASK_EPOCHS:
         metric = TASKS[task].metrics[0]
         chosen: dict[str, dict[int, float]] = {}
@@ -173,8 +189,9 @@ def show_tasks(rows: list[dict[str, Any]], seeds: Sequence[int]) -> None:
             both = sorted(chosen[arm].keys() & chosen.get(TASK_STARTS[0], {}).keys())
             paired = [chosen[arm][seed] - chosen[TASK_STARTS[0]][seed] for seed in both]
             compared = difference(paired) if arm != TASK_STARTS[0] else ""
-            table.add_row(task, metric, arm, rate, str(len(chosen[arm])), spread(list(chosen[arm].values())), compared)
-    Console(width=150).print(table)
+            scores = list(chosen[arm].values())
+            table.add_row(task, metric, f"`{arm}`", rate, str(len(scores)), spread(scores), compared)
+    CONSOLE.print(table)
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ class Bench:
 
     def untried(self, arm: str) -> list[str]:
         """Rates at which an arm's first seed is to be run next; none, once its best has been tried on both sides."""
-        kl = self._kl(arm)
+        kl = self.tried(arm)
         if not kl:
             return list(RATES[3:5])
         best = RATES.index(min(kl, key=lambda rate: kl[rate]))
@@ -213,10 +213,10 @@ class Bench:
         graded = arm if arm in STUDIES["core"].arms else "homodistil"
         if self.untried(graded):
             raise SystemExit(f"{self.file} does not have {graded} at every rate yet: finish the study core first.")
-        kl = self._kl(graded)
+        kl = self.tried(graded)
         return Run(arm, min(kl, key=lambda rate: kl[rate]), seed)
 
-    def _kl(self, arm: str) -> dict[str, float]:
+    def tried(self, arm: str) -> dict[str, float]:
         """Rate -> where an arm's first seed ended at it."""
         return {row["rate"]: row["kl"] for row in self.rows.values() if (row["arm"], row["seed"]) == (arm, SEEDS[0])}
 

@@ -77,6 +77,19 @@ def test_core_tries_rates_until_the_best_is_not_at_an_edge_and_repeats_it(runs: 
     assert (tmp_path / "results/studies_small_core.png").is_file()
 
 
+def test_tables_are_markdown_with_means_deviations_and_paired_intervals(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    studies.pretrain(bench(tmp_path), "core", SEEDS)
+    lines = [re.sub(" +", " ", line).strip() for line in capsys.readouterr().out.splitlines()]
+    assert "| KL at rate | 5e-4 | 1e-3 | 2e-3 | 4e-3 | 8e-3 | 1.6e-2 | 3.2e-2 |" in lines
+    assert "| `one_shot+` | 2.100 | 1.100 | 2.100 | 3.100 | | | |" in lines
+    figures = "200 | 30.0 | 1.2000 (0.1000) | 2.4000 (0.2000) | 0.5000 (0.0000) | 0.2500 (0.0000)"
+    assert f"| `homodistil` | 2e-3 | 3 | {figures} | | |" in lines
+    once = figures.replace("30.0", "20.0")
+    assert f"| `one_shot` | 4e-3 | 3 | {once} | +0.0000 ± 0.0000 (3) | +0.0000 ± 0.0000 (3) |" in lines
+
+
 def test_what_is_a_row_or_a_finished_run_is_not_run_again(
     runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
