@@ -54,6 +54,8 @@ ARMS: dict[str, list[str]] = {
     "unsmoothed": ["--pruning.smoothing_window", "1", "--pruning.smoothing_beta", "0"],
 }
 """Arm -> what it changes in the recipe minilm_real. With `+` it has so many updates that its FLOPs are HomoDistil's."""
+LONGER = "_x4"
+"""An arm whose name ends so has four times the updates."""
 COMBINED = {"neither": (), "filters": ("filters",), "cached": ("cache",), "filters_cached": ("filters", "cache")}
 """Arm -> which of the other two methods it has; none compares attention, as none can from a cache."""
 MASKS = ["--data.maskings", "1", "--data.mask_seed", "0"]
@@ -88,6 +90,7 @@ STUDIES = {
         repeated=True,
         own_rates=True,
     ),
+    "longer": Study({"updates": ("homodistil_x4", "one_shot_x4")}, repeated=False, own_rates=True),
     "ablations": Study(
         {
             "prunes": ("homodistil", "prunes_1", "prunes_4", "prunes_8"),
@@ -165,7 +168,7 @@ class Bench:
 
     def steps(self, run: Run) -> list[Step]:
         """The training, after what it needs."""
-        arm = run.arm.rstrip("+")
+        arm = run.arm.rstrip("+").removesuffix(LONGER)
         methods = COMBINED.get(arm, ())
         flags = [*self.common(run.rate), "--run.updates", str(self.updates(run)), "--run.seed", str(run.seed)]
         flags += [*ARMS["without_attention"], *MASKS] if arm in COMBINED else ARMS[arm]
@@ -192,8 +195,10 @@ class Bench:
         return [*flags, "--validation.every", str(size.updates // 4), "--checkpoint.every", "100000"]
 
     def updates(self, run: Run) -> int:
-        """Those of the size; of an arm with `+`, more."""
+        """Those of the size; of an arm with `+` or `_x4`, more."""
         updates = SIZES[self.size].updates
+        if run.arm.endswith(LONGER):
+            return 4 * updates
         if not run.arm.endswith("+"):
             return updates
         dear, cheap = (self.rows[self.best(arm, SEEDS[0]).name] for arm in ("homodistil", run.arm.rstrip("+")))
@@ -208,9 +213,9 @@ class Bench:
         return [rate for rate in RATES[max(best - 1, 0) : best + 2] if rate not in kl]
 
     def best(self, arm: str, seed: int) -> Run:
-        """An arm's run of a seed, at the rate at which its first seed ended nearest to the teacher; of an arm that is
-        not of core, at HomoDistil's."""
-        graded = arm if arm in STUDIES["core"].arms else "homodistil"
+        """An arm's run of a seed, at the rate at which its first seed ended nearest to the teacher; of an arm that has
+        no rate of its own, at HomoDistil's."""
+        graded = arm if any(arm in study.arms for study in STUDIES.values() if study.own_rates) else "homodistil"
         if self.untried(graded):
             raise SystemExit(f"{self.file} does not have {graded} at every rate yet: finish the study core first.")
         kl = self.tried(graded)
