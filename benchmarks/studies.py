@@ -126,13 +126,14 @@ def draw(groups: dict[str, dict[str, Seeds]]) -> Figure:
     for panel, (title, arms) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
         for arm, seeds in arms.items():
             if rows := list(seeds.values()):
-                curves = [{int(update): kl for update, kl in row["curve"].items() if kl > 0} for row in rows]
+                curves = [{int(update): kl for update, kl in row["curve"].items()} for row in rows]
                 # A run that was resumed was looked at then, too.
                 of_all = [update for update in curves[0] if all(update in curve for curve in curves)]
                 heights = [mean(curve[update] for curve in curves) for update in of_all]
                 (line,) = panel.plot(of_all, heights, label=arm)
                 panel.plot([rows[0]["updates"]] * len(rows), [row["kl"] for row in rows], ".", color=line.get_color())
-        panel.set(title=title, xlabel="updates", ylabel="KL to the teacher, nats a masked position", yscale="log")
+        panel.set(title=title, xlabel="updates", ylabel="KL to the teacher, nats a masked position")
+        panel.set_ylim(bottom=0)
         panel.legend(fontsize=8)
     return figure
 
