@@ -2,7 +2,7 @@
 
     core        HomoDistil against pruning once and against random weights, at equal updates and at equal FLOPs;
                 schedules; metrics; aligners. Three seeds.
-    longer      HomoDistil and pruning once, with four times the updates. One seed.
+    longer      HomoDistil, until 70 and 50 %, and pruning once, with four times the updates. One seed.
     ablations   how many prunes, until when, which terms, smoothing. One seed.
     combined    HomoDistil with TED's filters, from a cache of a small share of the knowledge, with both. Three seeds.
     finetuned   core's students on SST-2, MRPC, CoLA, RTE and a part of SQuAD.
@@ -74,7 +74,7 @@ def main() -> None:
 def pretrain(bench: Bench, name: str, seeds: Sequence[int]) -> None:
     """A study's runs, its tables and its figure."""
     study = STUDIES[name]
-    seeds = seeds if study.repeated else seeds[1:2]
+    seeds = seeds if study.seed is None else (study.seed,)
     graded = study.arms if study.own_rates else ["homodistil"]
     for title, equal_flops in (("rates", False), ("rates, equal FLOPs", True)):
         arms = [arm for arm in graded if arm.endswith("+") == equal_flops]

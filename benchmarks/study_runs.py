@@ -68,8 +68,8 @@ class Study(NamedTuple):
     """Arms that are compared, group by group, with the first of the group."""
 
     groups: dict[str, tuple[str, ...]]
-    repeated: bool
-    """Whether every arm is run with several seeds; else with the second, since the first chose HomoDistil's rate."""
+    seed: int | None
+    """The one that every arm is run with, unless it is run with several."""
     own_rates: bool
     """Whether every arm has the rate that is best for it; else HomoDistil's."""
 
@@ -87,10 +87,10 @@ STUDIES = {
             "metric": ("homodistil", "magnitude", "platon", "random_units"),
             "aligner": ("homodistil", "indexed"),
         },
-        repeated=True,
+        seed=None,
         own_rates=True,
     ),
-    "longer": Study({"updates": ("homodistil_x4", "one_shot_x4")}, repeated=False, own_rates=True),
+    "longer": Study({"updates": ("homodistil_x4", "until_50_x4", "one_shot_x4")}, seed=SEEDS[0], own_rates=True),
     "ablations": Study(
         {
             "prunes": ("homodistil", "prunes_1", "prunes_4", "prunes_8"),
@@ -98,10 +98,10 @@ STUDIES = {
             "terms": ("homodistil", "without_task", "without_kl", "without_hidden", "without_attention"),
             "smoothing": ("homodistil", "unsmoothed"),
         },
-        repeated=False,
+        seed=SEEDS[1],  # the first chose HomoDistil's rate
         own_rates=False,
     ),
-    "combined": Study({"methods": tuple(COMBINED)}, repeated=True, own_rates=False),
+    "combined": Study({"methods": tuple(COMBINED)}, seed=None, own_rates=False),
 }
 
 
