@@ -121,20 +121,25 @@ def show_rates(bench: Bench, arms: Sequence[str]) -> None:
 
 
 def draw(groups: dict[str, dict[str, Seeds]]) -> Figure:
-    """KL to the teacher over updates, means of the seeds; a dot for where each seed ended."""
-    figure = Figure(figsize=(4.5 * len(groups), 4), layout="constrained")
-    for panel, (title, arms) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
+    """KL to the teacher at every look, means of the seeds; a dot for where each seed ended."""
+    columns = min(2, len(groups))
+    rows_of_panels = -(-len(groups) // columns)
+    figure = Figure(figsize=(4.5 * columns, 3.5 * rows_of_panels), layout="constrained")
+    panels = figure.subplots(rows_of_panels, columns, squeeze=False, sharey=True)
+    for panel, (title, arms) in zip(panels.flat, groups.items(), strict=False):
         for arm, seeds in arms.items():
             if rows := list(seeds.values()):
                 curves = [{int(update): kl for update, kl in row["curve"].items()} for row in rows]
                 # A run that was resumed was looked at then, too.
                 of_all = [update for update in curves[0] if all(update in curve for curve in curves)]
                 heights = [mean(curve[update] for curve in curves) for update in of_all]
-                (line,) = panel.plot(of_all, heights, label=arm)
+                style = {"marker": "|", "linestyle": "--" if arm.endswith("+") else "-"}
+                (line,) = panel.plot(of_all, heights, label=f"{arm}, {rows[0]['rate']}", **style)
                 panel.plot([rows[0]["updates"]] * len(rows), [row["kl"] for row in rows], ".", color=line.get_color())
-        panel.set(title=title, xlabel="updates", ylabel="KL to the teacher, nats a masked position")
+        panel.set(title=title, xlabel="updates")
         panel.set_ylim(bottom=0)
         panel.legend(fontsize=8)
+    figure.supylabel("KL to the teacher, nats a masked position", fontsize=10)
     return figure
 
 
