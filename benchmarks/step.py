@@ -46,7 +46,7 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12 if gpu else 4)
-    parser.add_argument("--tokens", type=int, default=128 * (256 if gpu else 8), help="of a micro-batch")
+    parser.add_argument("--tokens", type=int, default=128 * (64 if gpu else 8), help="of a micro-batch")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512], help="tokens of a sequence")
     parser.add_argument("--widths", type=float, nargs="+", default=[1, 0.5, 0.25], help="share of the units kept")
     parser.add_argument("--rounds", type=int, default=10, help="times each arm is measured")
@@ -56,7 +56,8 @@ def main() -> None:
     options = parser.parse_args()
     rows = [measure(options, length, width) for length in options.lengths for width in options.widths]
     show(rows)
-    print(f"written to {leave('step-kept' if options.kept else 'step', rows)}")
+    name = "-".join(["step", *(form for form in ("kept", "compile") if getattr(options, form))])
+    print(f"written to {leave(name, rows)}")
 
 
 def measure(options: argparse.Namespace, length: int, width: float) -> dict[str, Any]:

@@ -55,12 +55,15 @@ def main() -> None:
     parser.add_argument("study", choices=[*STUDIES, "finetuned"])
     parser.add_argument("--size", choices=list(SIZES), default="small", help="small: two hours of two cores; full: GPU")
     parser.add_argument("--extended", action="store_true", help="students of other widths and two more seeds")
+    parser.add_argument("--arms", nargs="+", help="of the study, only these: with little time, HomoDistil and another")
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="where teacher/ and data/ are")
     parser.add_argument("--shards", type=Path, help="by default data/studies, of a full study data/wiki_books")
     parser.add_argument("--results", type=Path, default=Path("docs/experiments"), help="where rows and figures are")
     parser.add_argument("--parallel", type=int, default=2, help="processes at a time")
     options = parser.parse_args()
     shards, held_out = options.shards or SIZES[options.size].shards, SIZES[options.size].held_out
+    if options.arms and options.study == "finetuned":
+        parser.error("--arms: finetuned has those of core, all of them.")
     if not (shards / "index.json").is_file():
         parser.error(f"--shards {shards}: there are none. --help says how to build them.")
     if (there := sum(shard.sequences for shard in ShardIndex.load(shards).splits["validation"])) < held_out:
@@ -68,17 +71,20 @@ def main() -> None:
     for width in WIDTHS if options.extended else WIDTHS[:1]:
         bench = Bench(options.size, width, options.shared, shards, options.results, options.parallel)
         seeds = SEEDS + MORE_SEEDS if options.extended else SEEDS
-        (finetune if options.study == "finetuned" else pretrain)(bench, options.study, seeds)
+        if options.study == "finetuned":
+            finetune(bench, options.study, seeds)
+        else:
+            pretrain(bench, options.study, seeds, options.arms)
 
 
-def pretrain(bench: Bench, name: str, seeds: Sequence[int]) -> None:
-    """A study's runs, its tables and its figure."""
-    study = STUDIES[name]
+def pretrain(bench: Bench, name: str, seeds: Sequence[int], arms: Sequence[str] | None = None) -> None:
+    """A study's runs, its tables and its figure; of all its arms if `arms` is None."""
+    study = STUDIES[name].only(arms)
     seeds = seeds if study.seed is None else (study.seed,)
     graded = study.arms if study.own_rates else ["homodistil"]
     for title, equal_flops in (("rates", False), ("rates, equal FLOPs", True)):
-        arms = [arm for arm in graded if arm.endswith("+") == equal_flops]
-        while untried := [Run(arm, rate, SEEDS[0]) for arm in arms for rate in bench.untried(arm)]:
+        chosen = [arm for arm in graded if arm.endswith("+") == equal_flops]
+        while untried := [Run(arm, rate, SEEDS[0]) for rate in RATES for arm in chosen if rate in bench.untried(arm)]:
             bench.finish(untried, title)
     bench.finish([bench.best(arm, seed) for arm in study.arms for seed in seeds], "every seed")
     if study.own_rates:

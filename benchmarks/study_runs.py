@@ -34,7 +34,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "small": Size(200, 16, 192, Path("data/studies")),
-    "full": Size(3000, 256, 4096, Path("data/wiki_books")),
+    "full": Size(1000, 256, 2048, Path("data/wiki_books")),  # the 36 M tokens of ../shared once, nearly
 }
 WIDTHS = (96, 192, 288)
 """Hidden dimensions of a student, the first by default; heads and FFN in proportion."""
@@ -77,6 +77,13 @@ class Study(NamedTuple):
     def arms(self) -> list[str]:
         """Each once."""
         return list(dict.fromkeys(arm for group in self.groups.values() for arm in group))
+
+    def only(self, arms: Sequence[str] | None) -> Study:
+        """With these of its arms, all if `None`, and what groups then still compare. Raises `SystemExit`."""
+        if unknown := set(arms or ()) - set(self.arms):
+            raise SystemExit(f"--arms {' '.join(sorted(unknown))}: not of this study, which has {' '.join(self.arms)}.")
+        kept = {title: tuple(arm for arm in group if not arms or arm in arms) for title, group in self.groups.items()}
+        return self._replace(groups={title: group for title, group in kept.items() if len(group) > 1})
 
 
 STUDIES = {
@@ -190,7 +197,7 @@ class Bench:
         flags = ["--recipe", "minilm_real", "--run.directory", str(self.folder), "--data.shards", str(self.shards)]
         flags += ["--teacher.path", str(self.shared / "teacher/minilm-l6-mlm"), "--optimizer.learning_rate", rate]
         flags += [word for key, value in target.items() for word in (f"--pruning.target.{key}", str(value))]
-        flags += ["--data.global_batch", str(size.sequences), "--data.micro_batch", str(min(64, size.sequences))]
+        flags += ["--data.global_batch", str(size.sequences), "--data.micro_batch", str(min(128, size.sequences))]
         flags += ["--data.lanes", "16", "--pruning.start", "0.1", "--validation.sequences", str(size.held_out)]
         return [*flags, "--validation.every", str(size.updates // 4), "--checkpoint.every", "100000"]
 

@@ -116,6 +116,14 @@ def test_longer_arms_have_four_times_the_updates_and_rates_of_their_own(runs: Ru
     assert runs.updates == {f"{arm}-{rate}-1": 800 for arm in arms for rate in RATES[2:5]}
 
 
+def test_of_some_arms_all_are_tried_at_a_rate_before_the_next(runs: Runs, tmp_path: Path) -> None:
+    studies.pretrain(bench(tmp_path), "core", SEEDS, ["homodistil", "random_start"])
+    first = [f"{arm}-{rate}-1" for rate in ("2e-3", "4e-3") for arm in ("homodistil", "random_start")]
+    assert list(runs.updates)[:4] == first and len(runs.updates) == 2 * (3 + 2)
+    with pytest.raises(SystemExit, match="--arms prunes_4: not of this study, which has homodistil one_shot"):
+        studies.pretrain(bench(tmp_path), "core", SEEDS, ["prunes_4"])
+
+
 def test_fine_tuning_waits_for_every_rate_of_core(runs: Runs, tmp_path: Path) -> None:
     unfinished = bench(tmp_path)
     unfinished.finish([study_runs.Run("homodistil", rate, 1) for rate in RATES[2:5]], "interrupted")
