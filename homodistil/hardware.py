@@ -63,7 +63,8 @@ def _tell_allocator(settings: dict[int, int]) -> None:
 
 def matrix_product_flops(dtype: torch.dtype, device: torch.device, seconds: float = 0.5) -> float:
     """FLOP/s of this rank's plain matrix product, the ceiling that times and utilisation are quoted against."""
-    a = torch.randn(1024, 768, device=device).to(dtype)
+    tokens = 16384 if device.type == "cuda" else 1024  # fewer would be over before the next is started
+    a = torch.randn(tokens, 768, device=device).to(dtype)
     b = torch.randn(768, 3072, device=device).to(dtype)
     (a @ b).sum().item()  # libraries load at the first product
     count, started = 0, time.perf_counter()
@@ -72,7 +73,7 @@ def matrix_product_flops(dtype: torch.dtype, device: torch.device, seconds: floa
             product = a @ b
         product[0, 0].item()  # waits for all of them
         count += PRODUCTS
-    return count * 2 * 1024 * 768 * 3072 / (time.perf_counter() - started)
+    return count * 2 * tokens * 768 * 3072 / (time.perf_counter() - started)
 
 
 def _cpu_flags() -> set[str]:

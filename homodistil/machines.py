@@ -19,6 +19,8 @@ PRODUCTS_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE, LAUNCH = 0.7, 0.35, 0.8, 6e-6
 and the seconds that eager torch takes to start a kernel."""
 TOKENS, HIDDEN, LAYERS, ARRAY_BYTES, CHAIN = 1024, 768, 4, 1 << 26, 100
 """Sizes that this machine is measured with: of linear layers, of an array; operations one after another."""
+ON_GPU = 16
+"""Times as many tokens there: of fewer, an H100 only shows how fast the host starts its work."""
 
 
 @dataclass(frozen=True)
@@ -55,24 +57,26 @@ class Machine:
     def here(cls, device: torch.device, dtype: torch.dtype) -> Machine:
         """This rank's device, measured in about two seconds; its links are not."""
         one, other, both = (torch.ones(ARRAY_BYTES // 4, device=device) for _ in range(3))
-        tokens = torch.randn(TOKENS, HIDDEN, device=device).to(dtype).requires_grad_()
-        wide = torch.randn(TOKENS, 4 * HIDDEN, device=device).to(dtype)
+        more = ON_GPU if device.type == "cuda" else 1
+        tokens = torch.randn(more * TOKENS, HIDDEN, device=device).to(dtype).requires_grad_()
+        wide = torch.randn(more * TOKENS, 4 * HIDDEN, device=device).to(dtype)
         sizes = [(HIDDEN, 4 * HIDDEN), (4 * HIDDEN, HIDDEN)] * LAYERS  # more weights than a cache holds
         layers = torch.nn.Sequential(*(torch.nn.Linear(*size) for size in sizes)).to(device, dtype)
-        query = torch.randn(8, 12, 128, 64, device=device).to(dtype).requires_grad_()
-        head = torch.randn(2, 12, 512, 64, device=device).to(dtype).requires_grad_()
+        query = torch.randn(8 * more, 12, 128, 64, device=device).to(dtype).requires_grad_()
+        head = torch.randn(2 * more, 12, 512, 64, device=device).to(dtype).requires_grad_()
         small = torch.ones(1, device=device, requires_grad=True)
         return cls(
             name="this machine",
             # FLOP: 2 for each multiplication, once forward and twice backward
             products=48
             * LAYERS
-            * TOKENS
+            * len(tokens)
             * HIDDEN**2
             / _seconds(lambda: _gradient(layers(tokens), tokens, *layers.parameters())),
-            batched=6 * 96 * 128 * 128 * 64 / _seconds(lambda: _gradient(query @ query.mT, query)),
+            batched=6 * 12 * len(query) * 128 * 128 * 64 / _seconds(lambda: _gradient(query @ query.mT, query)),
             attention=14
-            * 24
+            * 12
+            * len(head)
             * 512
             * 512
             * 64

@@ -7,10 +7,12 @@ group and added up per unit. Choosing units by score is coordinator.py's.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import inf
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from homodistil.config import PruningConfig
 from homodistil.models.groups import Member, Positions, PrunableGroup
@@ -49,11 +51,9 @@ class Importance:
         """
         fragments = list(fragments)
         self._metric.attach(fragments, self._axes)
-        finite = [torch.isfinite(f.gradient).all() for f in fragments if f.gradient is not None]
-        broken = torch.zeros(1, device=self._ranks.device)
-        if finite:
-            broken += (~torch.stack(finite)).any()
-        if not self._ranks.sum(broken).any():
+        largest = get_total_norm([f.gradient for f in fragments if f.gradient is not None], norm_type=inf)
+        broken = (~torch.isfinite(largest)).float().to(self._ranks.device)
+        if not self._ranks.sum(broken.reshape(1)).any():
             self._metric.observe(fragments, self._axes)
 
     @torch.no_grad()

@@ -142,7 +142,7 @@ def build_metric(config: PruningConfig, axes: AxisSums, seed: int) -> Metric:
 
 def _sensitivity(fragment: Fragment) -> Tensor:
     assert fragment.gradient is not None, f"{fragment.name}: scored outside the accumulation boundary"
-    return (fragment.weight * fragment.gradient).abs()
+    return (fragment.weight * fragment.gradient).abs_()
 
 
 def _magnitude(fragment: Fragment) -> Tensor:

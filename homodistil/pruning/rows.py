@@ -21,4 +21,5 @@ def whole_rows(values: Tensor, shape: torch.Size, start: int) -> tuple[int, Tens
     """The first row's index, and the fragment (n,) as (R, *shape[1:]), zero where the rank owns nothing."""
     first, end, length = row_span(shape, start, len(values))
     before, after = start - first * length, end * length - start - len(values)
-    return first, functional.pad(values, (before, after)).view(end - first, *shape[1:])
+    padded = functional.pad(values, (before, after)) if before or after else values  # a pad by nothing copies
+    return first, padded.view(end - first, *shape[1:])

@@ -51,7 +51,7 @@ class AxisSums:
         first, rows = whole_rows(values, shape, start)
         for axis in axes:
             others = [other for other in range(rows.ndim) if other != axis]
-            sums = rows.sum(dim=others, dtype=torch.float64) if others else rows.double()
+            sums = rows.sum(dim=others, dtype=torch.float64) if others else rows
             slot = totals[self._slots[parameter, axis]]
             (slot[first : first + len(sums)] if axis == 0 else slot).add_(sums)
 
