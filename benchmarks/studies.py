@@ -2,13 +2,12 @@
 
     core        HomoDistil against pruning once and against random weights, at equal updates and at equal FLOPs;
                 schedules; metrics; aligners. Three seeds.
-    longer      HomoDistil, until 70 and 50 %, and pruning once, with four times the updates. One seed.
     ablations   how many prunes, until when, which terms, smoothing. One seed.
     combined    HomoDistil with TED's filters, from a cache of a small share of the knowledge, with both. Three seeds.
     finetuned   core's students on SST-2, MRPC, CoLA, RTE and a part of SQuAD.
 
 Teacher ../shared/teacher/minilm-l6-mlm, 384 hidden; students a quarter as wide: 96 hidden (12 heads of 8), FFN 384.
-Every arm of core and longer is run with the first seed at rates of one grid, by factors of two, until its best has been
+Every arm of core is run with the first seed at rates of one grid, by factors of two, until its best has been
 tried on both sides, and with the other seeds at this one; arms of the other studies are run at HomoDistil's. A finished
 run is a row of docs/experiments/studies_SIZE.json and is not run again, so a study may be interrupted at any moment.
 One study at a time: they share these rows. Build the shards first; a full study takes those of minilm_real:

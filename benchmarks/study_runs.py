@@ -54,8 +54,6 @@ ARMS: dict[str, list[str]] = {
     "unsmoothed": ["--pruning.smoothing_window", "1", "--pruning.smoothing_beta", "0"],
 }
 """Arm -> what it changes in the recipe minilm_real. With `+` it has so many updates that its FLOPs are HomoDistil's."""
-LONGER = "_x4"
-"""An arm whose name ends so has four times the updates."""
 COMBINED = {"neither": (), "filters": ("filters",), "cached": ("cache",), "filters_cached": ("filters", "cache")}
 """Arm -> which of the other two methods it has; none compares attention, as none can from a cache."""
 MASKS = ["--data.maskings", "1", "--data.mask_seed", "0"]
@@ -97,7 +95,6 @@ STUDIES = {
         seed=None,
         own_rates=True,
     ),
-    "longer": Study({"updates": ("homodistil_x4", "until_50_x4", "one_shot_x4")}, seed=SEEDS[0], own_rates=True),
     "ablations": Study(
         {
             "prunes": ("homodistil", "prunes_1", "prunes_4", "prunes_8"),
@@ -175,7 +172,7 @@ class Bench:
 
     def steps(self, run: Run) -> list[Step]:
         """The training, after what it needs."""
-        arm = run.arm.rstrip("+").removesuffix(LONGER)
+        arm = run.arm.rstrip("+")
         methods = COMBINED.get(arm, ())
         flags = [*self.common(run.rate), "--run.updates", str(self.updates(run)), "--run.seed", str(run.seed)]
         flags += [*ARMS["without_attention"], *MASKS] if arm in COMBINED else ARMS[arm]
@@ -202,10 +199,8 @@ class Bench:
         return [*flags, "--validation.every", str(size.updates // 4), "--checkpoint.every", "100000"]
 
     def updates(self, run: Run) -> int:
-        """Those of the size; of an arm with `+` or `_x4`, more."""
+        """Those of the size; of an arm with `+`, more."""
         updates = SIZES[self.size].updates
-        if run.arm.endswith(LONGER):
-            return 4 * updates
         if not run.arm.endswith("+"):
             return updates
         dear, cheap = (self.rows[self.best(arm, SEEDS[0]).name] for arm in ("homodistil", run.arm.rstrip("+")))

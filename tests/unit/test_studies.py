@@ -110,12 +110,6 @@ def test_ablations_have_homodistils_rate_and_a_seed_that_did_not_choose_it(runs:
     assert runs.updates.keys() - core == {f"{arm}-2e-3-2" for arm in arms}
 
 
-def test_longer_arms_have_four_times_the_updates_and_rates_of_their_own(runs: Runs, tmp_path: Path) -> None:
-    studies.pretrain(bench(tmp_path), "longer", SEEDS)
-    arms = ("homodistil_x4", "until_50_x4", "one_shot_x4")
-    assert runs.updates == {f"{arm}-{rate}-1": 800 for arm in arms for rate in RATES[2:5]}
-
-
 def test_of_some_arms_all_are_tried_at_a_rate_before_the_next(runs: Runs, tmp_path: Path) -> None:
     studies.pretrain(bench(tmp_path), "core", SEEDS, ["homodistil", "random_start"])
     first = [f"{arm}-{rate}-1" for rate in ("2e-3", "4e-3") for arm in ("homodistil", "random_start")]
