@@ -14,9 +14,11 @@ from torch.nn import functional as F
 from homodistil.costs import Cost
 
 GIB = 1024**3
-PRODUCTS_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE, LAUNCH = 0.7, 0.35, 0.8, 6e-6
-"""Assumed, not measured: what linear layers of BERT's sizes, attention and plain kernels get of a GPU's data sheet,
-and the seconds that eager torch takes to start a kernel."""
+PRODUCTS_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.7, 0.35, 0.8
+"""Assumed, not measured: what linear layers of BERT's sizes, attention and plain kernels get of a GPU's data sheet."""
+LAUNCH = 7.5e-5
+"""Seconds that the host takes for one operation, with its share of autograd and of ZeRO's hooks: measured beside an
+H100, where an update of BERT-base took as long at half width (docs/scaling.md)."""
 TOKENS, HIDDEN, LAYERS, ARRAY_BYTES, CHAIN = 1024, 768, 4, 1 << 26, 100
 """Sizes that this machine is measured with: of linear layers, of an array; operations one after another."""
 ON_GPU = 16
