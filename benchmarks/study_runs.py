@@ -77,11 +77,14 @@ class Study(NamedTuple):
         return list(dict.fromkeys(arm for group in self.groups.values() for arm in group))
 
     def only(self, arms: Sequence[str] | None) -> Study:
-        """With these of its arms, all if `None`, and what groups then still compare. Raises `SystemExit`."""
-        if unknown := set(arms or ()) - set(self.arms):
-            raise SystemExit(f"--arms {' '.join(sorted(unknown))}: not of this study, which has {' '.join(self.arms)}.")
+        """With these of its arms, all if `None`, group by group. Raises `SystemExit` for an arm that no group has, or
+        compares with another of them."""
         kept = {title: tuple(arm for arm in group if not arms or arm in arms) for title, group in self.groups.items()}
-        return self._replace(groups={title: group for title, group in kept.items() if len(group) > 1})
+        found = self._replace(groups={title: group for title, group in kept.items() if len(group) > 1})
+        if alone := set(arms or ()) - set(found.arms):
+            groups = "; ".join(" ".join(group) for group in self.groups.values())
+            raise SystemExit(f"--arms: nothing to compare {' '.join(sorted(alone))} with. Groups are: {groups}.")
+        return found
 
 
 STUDIES = {

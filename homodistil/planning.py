@@ -1,6 +1,6 @@
 """Planning: how long an update and a run take on so many ranks, in which parts, and what each rank must hold.
 
-Work is counted (costs.py), speed is a machine's (machines.py), and what lies between is a sum: no part is fitted.
+Work is counted (costs.py), speed is a machine's (machines.py), and what lies between is a sum.
 """
 
 from __future__ import annotations

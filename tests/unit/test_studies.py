@@ -114,8 +114,11 @@ def test_of_some_arms_all_are_tried_at_a_rate_before_the_next(runs: Runs, tmp_pa
     studies.pretrain(bench(tmp_path), "core", SEEDS, ["homodistil", "random_start"])
     first = [f"{arm}-{rate}-1" for rate in ("2e-3", "4e-3") for arm in ("homodistil", "random_start")]
     assert list(runs.updates)[:4] == first and len(runs.updates) == 2 * (3 + 2)
-    with pytest.raises(SystemExit, match="--arms prunes_4: not of this study, which has homodistil one_shot"):
-        studies.pretrain(bench(tmp_path), "core", SEEDS, ["prunes_4"])
+    for alone in (["prunes_4"], ["homodistil"], ["one_shot", "magnitude"]):
+        with pytest.raises(
+            SystemExit, match=f"--arms: nothing to compare .*{alone[-1]}.* with. Groups are: homodistil"
+        ):
+            studies.pretrain(bench(tmp_path), "core", SEEDS, alone)
 
 
 def test_fine_tuning_waits_for_every_rate_of_core(runs: Runs, tmp_path: Path) -> None:
