@@ -8,7 +8,8 @@
 
 Teacher ../shared/teacher/minilm-l6-mlm, 384 hidden; students a quarter as wide: 96 hidden (12 heads of 8), FFN 384.
 Every arm of core is run with the first seed at rates of one grid, by factors of two, until its best has been tried on
-both sides, and with the other seeds at this one; arms of the other studies are run at HomoDistil's. A finished run is a row of docs/experiments/studies_SIZE.json and is not run again, so a study may be interrupted at any moment.
+both sides, and with the other seeds at this one; arms of the other studies are run at HomoDistil's. A finished run is a
+row of docs/experiments/studies_SIZE.json and is not run again, so a study may be interrupted at any moment.
 One study at a time: they share these rows. Build the shards first; a full study takes those of minilm_real:
 
     python data_prep/build_shards.py --source ../shared/data/text/wikipedia --max_tokens 2000000 \\
