@@ -17,7 +17,7 @@ GIB = 1024**3
 PRODUCTS_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.7, 0.35, 0.8
 """Assumed, not measured: what linear layers of BERT's sizes, attention and plain kernels get of a GPU's data sheet."""
 LAUNCH = 7.5e-5
-"""Seconds that the host takes for one operation, with its share of autograd and of ZeRO's hooks: measured beside an
+"""Seconds that the host takes for one operation, with its share of autograd and of ZeRO's hooks: fitted beside an
 H100, where an update of BERT-base took as long at half width (docs/scaling.md)."""
 TOKENS, HIDDEN, LAYERS, ARRAY_BYTES, CHAIN = 1024, 768, 4, 1 << 26, 100
 """Sizes that this machine is measured with: of linear layers, of an array; operations one after another."""
